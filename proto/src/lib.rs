@@ -1,0 +1,33 @@
+//! Bytes that ArqonBus puts on a wire or a disk, and the limits on them.
+//!
+//! ```text
+//!   record.rs   one event inside a batch          (written by clients)
+//!   batch.rs    header | stamps | records         (the unit of wire, Raft and disk)
+//!   stamp.rs    per-record provenance             (written by the Spine)
+//!   frame.rs    length | header size | Frame | body   (client and peer transport)
+//!   lease.rs    the MAC'd token of a granted job
+//!   wire.rs     generated protobuf and gRPC
+//! ```
+//!
+//! Nothing here does I/O. The byte maps are frozen by the fixtures in `proto/fixtures`;
+//! `docs/format.md` and `docs/protocol.md` explain them for other languages.
+
+mod batch;
+mod error;
+mod frame;
+mod ids;
+mod lease;
+pub mod limits;
+mod name;
+mod record;
+mod stamp;
+pub mod wire;
+
+pub use batch::{BATCH_HEADER_SIZE, Batch, BatchKind, Compression, FORMAT_VERSION, Header, chain_start};
+pub use error::{DecodeError, code_name};
+pub use frame::{FRAME_PREFIX_SIZE, decode_frame, encode_frame, frame_size};
+pub use ids::{GroupId, NodeId, Offset, PartitionId, RaftIndex, ReplicaId, Term};
+pub use lease::{LEASE_KEY_SIZE, LeaseKey, LeaseRejected};
+pub use name::{NameError, TopicClass, check_schema, check_tenant, check_topic};
+pub use record::{BatchBuilder, EventType, ProducerStamp, Record, RecordRef, check_records, records};
+pub use stamp::{StampView, decode_stamps, encode_stamps};
