@@ -6,6 +6,7 @@
 //!   stamp.rs    per-record provenance             (written by the Spine)
 //!   frame.rs    length | header size | Frame | body   (client and peer transport)
 //!   lease.rs    the MAC'd token of a granted job
+//!   token.rs    access tokens of clients       (signed JWT)
 //!   wire.rs     generated protobuf and gRPC
 //! ```
 //!
@@ -21,6 +22,7 @@ pub mod limits;
 mod name;
 mod record;
 mod stamp;
+mod token;
 pub mod wire;
 
 pub use batch::{BATCH_HEADER_SIZE, Batch, BatchKind, Compression, FORMAT_VERSION, Header, chain_start};
@@ -31,3 +33,7 @@ pub use lease::{LEASE_KEY_SIZE, LeaseKey, LeaseRejected};
 pub use name::{NameError, TopicClass, check_schema, check_tenant, check_topic};
 pub use record::{BatchBuilder, EventType, ProducerStamp, Record, RecordRef, check_records, records};
 pub use stamp::{StampView, decode_stamps, encode_stamps};
+pub use token::{
+    AUDIENCE_DEFAULT, Claims, OPERATOR_TOPIC, Permission, SYSTEM_TENANT, Session, TOKEN_SIZE_MAX, TokenAlgorithm,
+    TokenError, TokenKey, TokenKeyPair, TokenSigner, Verb, Verifier,
+};
