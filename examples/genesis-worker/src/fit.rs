@@ -93,10 +93,12 @@ pub fn distill(picture: &Picture) -> Result<Seed, NotCheckerboard> {
 /// wrapped additions are exact modulo `2^32`.
 type Lanes = [i32; 4];
 
-fn add(sum: &mut Lanes, value: Lanes, factor: i32) {
-    for (sum, value) in sum.iter_mut().zip(value) {
-        *sum = sum.wrapping_add(value.wrapping_mul(factor));
-    }
+fn add(left: Lanes, right: Lanes) -> Lanes {
+    [0, 1, 2, 3].map(|lane| left[lane].wrapping_add(right[lane]))
+}
+
+fn subtract(left: Lanes, right: Lanes) -> Lanes {
+    [0, 1, 2, 3].map(|lane| left[lane].wrapping_sub(right[lane]))
 }
 
 /// Where a square wave of this cell and phase changes sign inside `0..len`.
@@ -104,10 +106,14 @@ fn edges(cell: usize, phase: usize, len: usize) -> impl Iterator<Item = usize> {
     (cell - phase..len).step_by(cell)
 }
 
-/// Sum of the signs of a square wave over `0..len`; it starts at +1.
-fn sign_sum(cell: usize, phase: usize, len: usize) -> i64 {
-    let (sum, sign) = edges(cell, phase, len).fold((0, 1), |(sum, sign), edge| (sum + 2 * sign * edge as i64, -sign));
-    sum + sign * len as i64
+/// Sum of the signs of a square wave over `0..len`.
+///
+/// Here and below a wave is +1 in its last cell, whichever that is: with the running sums `R`
+/// and the edges `e1 < e2 < ... < ek` the signed sum is then
+/// `R(len) - 2 * (R(ek) - R(ek-1) + R(ek-2) - ...)`, one subtraction an edge.
+fn sign_sum(cell: usize, phase: usize, len: usize) -> f64 {
+    let alternating = edges(cell, phase, len).fold(0.0, |sum, edge| edge as f64 - sum);
+    len as f64 - 2.0 * alternating
 }
 
 #[derive(Debug)]
@@ -130,11 +136,11 @@ impl Grid {
 /// colour. Of grids that draw the same, the one with the smallest cell and phase.
 fn best_grid(picture: &Picture) -> Option<Grid> {
     let (width, height) = (picture.width() as usize, picture.height() as usize);
-    let count = (width * height) as i64;
+    // Whole numbers below 2^53, on which this arithmetic is exact.
+    let count = (width * height) as f64;
     let columns = column_sums(picture, width, height);
     let below = &columns[height * width..];
-    let mut total: Lanes = [0; 4];
-    below.iter().for_each(|&sum| add(&mut total, sum, 1));
+    let total = below.iter().fold([0; 4], |total, &sum| add(total, sum)).map(f64::from);
 
     let mut best: Option<Grid> = None;
     // The best fit so far as a fraction, so that candidates are compared without division.
@@ -142,35 +148,30 @@ fn best_grid(picture: &Picture) -> Option<Grid> {
     let mut line: Vec<Lanes> = vec![[0; 4]; width];
     let mut running: Vec<Lanes> = vec![[0; 4]; width + 1];
     for cell in CELL_PX_MIN as usize..=(CELL_PX_MAX as usize).min(width.max(height)) {
-        let sums_x: Vec<i64> = (0..cell).map(|phase| sign_sum(cell, phase, width)).collect();
+        let sums_x: Vec<f64> = (0..cell).map(|phase| sign_sum(cell, phase, width)).collect();
         for phase_y in 0..cell {
             fold_rows(&columns, cell, phase_y, height, &mut line);
             let mut sum = [0; 4];
             for (running, &value) in running[1..].iter_mut().zip(&line) {
-                add(&mut sum, value, 1);
+                sum = add(sum, value);
                 *running = sum;
             }
             let sum_y = sign_sum(cell, phase_y, height);
             for (phase_x, &sum_x) in sums_x.iter().enumerate() {
                 let signs = sum_x * sum_y;
-                let under = (count * count - signs * signs) as f64;
+                let under = count * count - signs * signs;
                 if under == 0.0 {
                     continue; // No edge falls into the picture.
                 }
-                let mut signed: Lanes = [0; 4];
-                let mut factor = 2;
-                for edge in edges(cell, phase_x, width) {
-                    add(&mut signed, running[edge], factor);
-                    factor = -factor;
-                }
-                add(&mut signed, running[width], factor / 2);
+                let signed = edges(cell, phase_x, width).fold([0; 4], |sum, edge| subtract(running[edge], sum));
+                let signed = subtract(running[width], add(signed, signed));
                 let over: f64 = (0..3)
-                    .map(|lane| (count * i64::from(signed[lane]) - signs * i64::from(total[lane])) as f64)
+                    .map(|lane| count * f64::from(signed[lane]) - signs * total[lane])
                     .map(|product| product * product)
                     .sum();
                 if over * best_under > best_over * under {
                     (best_over, best_under) = (over, under);
-                    best = Some(Grid { cell, phase_x, phase_y, explained: over / under / count as f64 });
+                    best = Some(Grid { cell, phase_x, phase_y, explained: over / under / count });
                 }
             }
         }
@@ -183,9 +184,8 @@ fn column_sums(picture: &Picture, width: usize, height: usize) -> Vec<Lanes> {
     let mut sums: Vec<Lanes> = Vec::with_capacity((height + 1) * width);
     sums.resize(width, [0; 4]);
     for (at, pixel) in picture.rgb().chunks_exact(3).enumerate() {
-        let mut sum = sums[at];
-        add(&mut sum, [pixel[0], pixel[1], pixel[2], 0].map(i32::from), 1);
-        sums.push(sum);
+        let pixel = [pixel[0], pixel[1], pixel[2], 0].map(i32::from);
+        sums.push(add(sums[at], pixel));
     }
     sums
 }
@@ -194,16 +194,13 @@ fn column_sums(picture: &Picture, width: usize, height: usize) -> Vec<Lanes> {
 fn fold_rows(columns: &[Lanes], cell: usize, phase: usize, height: usize, line: &mut [Lanes]) {
     let width = line.len();
     line.fill([0; 4]);
-    let mut factor = 2;
     for edge in edges(cell, phase, height) {
-        let row = &columns[edge * width..][..width];
-        for (sum, &value) in line.iter_mut().zip(row) {
-            add(sum, value, factor);
+        for (sum, &value) in line.iter_mut().zip(&columns[edge * width..]) {
+            *sum = subtract(value, *sum);
         }
-        factor = -factor;
     }
     for (sum, &value) in line.iter_mut().zip(&columns[height * width..]) {
-        add(sum, value, factor / 2);
+        *sum = subtract(value, add(*sum, *sum));
     }
 }
 

@@ -1,10 +1,12 @@
 //! The worker as a process, over real sockets.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 
-use genesis_worker::{BODY_SIZE_MAX, DistillAnswer, DistillRequest, Picture, sample};
+use genesis_worker::{BODY_SIZE_MAX, DistillAnswer, DistillRequest, Picture, REQUESTS_IN_FLIGHT_MAX, sample};
 use serde_json::{Value, json};
 
 struct Worker {
@@ -44,6 +46,20 @@ impl Worker {
         // The server may answer and close before it has read a body that is too large.
         let _ = stream.write_all(body);
         read_answer(stream)
+    }
+
+    /// Opens a request and returns once the worker asks for its body.
+    fn open(&self, body_size: usize) -> TcpStream {
+        let mut stream = self.connect();
+        write!(
+            stream,
+            "POST /distill HTTP/1.1\r\nhost: worker\r\nconnection: close\r\nexpect: 100-continue\r\ncontent-length: {body_size}\r\n\r\n"
+        )
+        .unwrap();
+        let mut interim = [0; 25];
+        stream.read_exact(&mut interim).unwrap();
+        assert_eq!(&interim, b"HTTP/1.1 100 Continue\r\n\r\n");
+        stream
     }
 
     fn distill(&self, body: &Value) -> (u16, Value) {
@@ -139,17 +155,7 @@ fn an_open_request_is_answered_after_the_signal_to_stop() {
     let (body, picture) = request(3);
     let body = body.to_string();
     let (first, rest) = body.split_at(body.len() / 2);
-    let mut stream = worker.connect();
-    write!(
-        stream,
-        "POST /distill HTTP/1.1\r\nhost: worker\r\nexpect: 100-continue\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    )
-    .unwrap();
-    // The interim answer shows that the request is being handled.
-    let mut interim = [0; 25];
-    stream.read_exact(&mut interim).unwrap();
-    assert_eq!(&interim, b"HTTP/1.1 100 Continue\r\n\r\n");
+    let mut stream = worker.open(body.len());
     stream.write_all(first.as_bytes()).unwrap();
     worker.terminate();
     // The listener closes once the signal is handled.
@@ -162,6 +168,22 @@ fn an_open_request_is_answered_after_the_signal_to_stop() {
     let answer: DistillAnswer = serde_json::from_str(&text).unwrap();
     answer.check(&picture).unwrap();
     assert!(worker.process.wait().unwrap().success());
+}
+
+/// Clients that open requests and send nothing fill the slots: the next one is told to come
+/// again, and is served once a slot is free.
+#[test]
+fn requests_beyond_the_limit_are_pushed_back() {
+    let worker = Worker::start();
+    let (body, _) = request(0);
+    let text = body.to_string();
+    let mut open: Vec<_> = (0..REQUESTS_IN_FLIGHT_MAX).map(|_| worker.open(text.len())).collect();
+    let (status, answer) = worker.distill(&body);
+    assert_eq!(status, 503, "{answer}");
+    let mut stream = open.pop().unwrap();
+    stream.write_all(text.as_bytes()).unwrap();
+    assert_eq!(read_answer(stream).0, 200);
+    assert_eq!(worker.distill(&body).0, 200);
 }
 
 #[test]
