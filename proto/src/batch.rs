@@ -289,6 +289,12 @@ impl std::fmt::Debug for Batch {
     }
 }
 
+impl std::fmt::Display for Batch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
+}
+
 impl Batch {
     /// A control or Raft batch around one encoded message.
     #[must_use]
