@@ -1,1 +1,30 @@
-//! placeholder
+//! Many Raft groups on one node, each with its segment log as the Raft log.
+//!
+//! ```text
+//!     Spine ── propose ──► Group ──► openraft ──► store.rs ──► arqon_storage::Log
+//!       ▲                              │  ▲
+//!       │ StateMachine::apply          │  └── incoming.rs ◄── peers
+//!       └── machine.rs ◄───────────────┤
+//!                                      └── network.rs ──► outgoing.rs ──► peers
+//! ```
+//!
+//! openraft appears nowhere outside this crate. Its version is pinned, and the settings that
+//! safety rests on are asserted in `config.rs`.
+
+mod config;
+mod group;
+mod host;
+mod machine;
+mod network;
+mod peer;
+mod rpc;
+mod store;
+mod types;
+
+#[cfg(test)]
+mod suite;
+
+pub use group::{Group, Proposal, ProposeError, Status};
+pub use host::{ForwardError, ForwardHandler, GroupSpec, Host, HostOptions, OpenError};
+pub use machine::{Readable, StateMachine};
+pub use types::Applied;

@@ -1,0 +1,275 @@
+//! The handle of one local replica of one group.
+
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use arqon_proto::{Batch, GroupId, NodeId, RaftIndex, ReplicaId, Term, limits};
+use arqon_storage::Log;
+use openraft::{
+    ReadPolicy, ServerState, async_runtime::watch::WatchReceiver as _, errors::ClientWriteError,
+    impls::OneshotResponder, raft::ClientWriteResult,
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+
+use crate::{
+    host::Raft,
+    machine::Readable,
+    types::{Applied, CommittedLeaderId, TypeConfig},
+};
+
+/// Why a proposal has no answer of the state machine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// This replica does not lead (in that term any more). Surely not written.
+    #[error("this replica is not the leader")]
+    NotLeader {
+        /// The leader's node, when known.
+        leader: Option<NodeId>,
+    },
+    /// It may have been written, or may still be. Ask again with the same sequence.
+    #[error("the outcome is not known: {0}")]
+    UnknownOutcome(String),
+    /// Too many bytes wait to be committed. Surely not written.
+    #[error("too many bytes wait to be committed")]
+    Overloaded,
+    /// The replica has stopped. Surely not written.
+    #[error("the replica has stopped: {0}")]
+    Stopped(String),
+}
+
+/// What a replica knows of its group.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Current term.
+    pub term: Term,
+    /// Node of the leader, when known.
+    pub leader: Option<NodeId>,
+    /// Whether this replica leads.
+    pub is_leader: bool,
+    /// Whether it leads and has applied an entry of its own term, so that its state is complete.
+    /// Nothing may be accepted before.
+    pub ready: bool,
+    /// Last applied entry.
+    pub applied: Option<RaftIndex>,
+    /// Last entry of the local log.
+    pub last: Option<RaftIndex>,
+    /// Nodes of the voters.
+    pub voters: Vec<NodeId>,
+    /// Why the replica does not work any more, if so.
+    pub stopped: Option<String>,
+}
+
+/// A cheap handle of one local replica.
+#[derive(Clone)]
+pub struct Group {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    id: GroupId,
+    replica: ReplicaId,
+    raft: Raft,
+    log: Log,
+    readable: watch::Receiver<Readable>,
+    status: watch::Receiver<Status>,
+    uncommitted: Arc<Semaphore>,
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Group({}, replica {})", self.inner.id, self.inner.replica)
+    }
+}
+
+/// A submitted proposal; resolves when it is applied, or is known not to be.
+pub struct Proposal {
+    reply: oneshot::Receiver<ClientWriteResult<TypeConfig>>,
+    raft: Raft,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Future for Proposal {
+    type Output = Result<Applied, ProposeError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Poll::Ready(reply) = Pin::new(&mut self.reply).poll(cx) else { return Poll::Pending };
+        Poll::Ready(match reply {
+            Ok(Ok(response)) => response.data.ok_or_else(|| unknown("the entry was applied without an answer")),
+            Ok(Err(ClientWriteError::ForwardToLeader(to))) => {
+                Err(ProposeError::NotLeader { leader: to.leader_node.map(|at| NodeId(at.node)) })
+            }
+            Ok(Err(ClientWriteError::LogEntryDiscarded(_))) => Err(unknown("another leader took over")),
+            Ok(Err(other)) => Err(unknown(&other.to_string())),
+            Err(_) => Err(unknown(&stopped(&self.raft).unwrap_or_else(|| "the replica stopped".into()))),
+        })
+    }
+}
+
+fn unknown(reason: &str) -> ProposeError {
+    ProposeError::UnknownOutcome(reason.to_owned())
+}
+
+fn stopped(raft: &Raft) -> Option<String> {
+    raft.metrics().borrow_watched().running_state.as_ref().err().map(ToString::to_string)
+}
+
+impl Group {
+    pub(crate) fn new(
+        id: GroupId,
+        replica: ReplicaId,
+        raft: Raft,
+        log: Log,
+        readable: watch::Receiver<Readable>,
+    ) -> Self {
+        let first = read_status(&raft, &log, *readable.borrow());
+        let (status_tx, status) = watch::channel(first);
+        tokio::spawn(follow_status(raft.clone(), log.clone(), readable.clone(), status_tx));
+        let uncommitted = Arc::new(Semaphore::new(limits::UNCOMMITTED_SIZE_MAX));
+        Self { inner: Arc::new(Inner { id, replica, raft, log, readable, status, uncommitted }) }
+    }
+
+    /// The group.
+    #[must_use]
+    pub fn id(&self) -> GroupId {
+        self.inner.id
+    }
+
+    /// This replica's Raft id.
+    #[must_use]
+    pub fn replica(&self) -> ReplicaId {
+        self.inner.replica
+    }
+
+    /// The segments behind the group: readers go here, up to [`Self::readable`].
+    #[must_use]
+    pub fn log(&self) -> &Log {
+        &self.inner.log
+    }
+
+    pub(crate) fn raft(&self) -> &Raft {
+        &self.inner.raft
+    }
+
+    /// Submits a batch in the order of calls. `term` is the term in which the caller checked its
+    /// state: when another has begun the answer is [`ProposeError::NotLeader`].
+    ///
+    /// # Errors
+    /// `Overloaded` and `Stopped` come at once; all others come from the [`Proposal`].
+    pub async fn propose(&self, term: Term, batch: Batch) -> Result<Proposal, ProposeError> {
+        let size = batch.header.batch_size() as u32;
+        let permit =
+            self.inner.uncommitted.clone().try_acquire_many_owned(size).map_err(|_| ProposeError::Overloaded)?;
+        let (responder, reply) = OneshotResponder::new_pair();
+        let raft = &self.inner.raft;
+        raft.write(batch)
+            .with_leader(CommittedLeaderId::new(term.0))
+            .responder(responder)
+            .await
+            .map_err(|fatal| ProposeError::Stopped(fatal.to_string()))?;
+        Ok(Proposal { reply, raft: raft.clone(), _permit: permit })
+    }
+
+    /// The state of the replica now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        read_status(&self.inner.raft, &self.inner.log, *self.inner.readable.borrow())
+    }
+
+    /// Follows leadership, term and readiness. Positions in it are those of the last such change.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<Status> {
+        self.inner.status.clone()
+    }
+
+    /// Follows up to where readers may read.
+    #[must_use]
+    pub fn readable(&self) -> watch::Receiver<Readable> {
+        self.inner.readable.clone()
+    }
+
+    /// Confirms with a majority that this replica leads, and waits until everything that was
+    /// acknowledged before the call is readable here (ReadIndex).
+    ///
+    /// # Errors
+    /// `NotLeader` when it does not lead, or no majority answers.
+    pub async fn confirm_leader(&self) -> Result<(), ProposeError> {
+        match self.inner.raft.ensure_linearizable(ReadPolicy::ReadIndex).await {
+            Ok(_) => Ok(()),
+            Err(_) => match stopped(&self.inner.raft) {
+                Some(reason) => Err(ProposeError::Stopped(reason)),
+                None => Err(ProposeError::NotLeader { leader: self.status().leader }),
+            },
+        }
+    }
+
+    /// Asks the replica on `to` to take over; resolves when it has or the time is over.
+    ///
+    /// # Errors
+    /// `NotLeader` when this replica does not lead or `to` has no voter of the group.
+    pub async fn transfer_leader(&self, to: NodeId) -> Result<(), ProposeError> {
+        let raft = &self.inner.raft;
+        let target = {
+            let metrics = raft.server_metrics();
+            let metrics = metrics.borrow_watched();
+            let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
+            let mut nodes = metrics.membership_config.membership().nodes();
+            nodes.find(|(id, at)| at.node == to.0 && voters.contains(id)).map(|(id, _)| *id)
+        };
+        let refused = || ProposeError::NotLeader { leader: self.status().leader };
+        let target = target.ok_or_else(refused)?;
+        if !self.status().is_leader {
+            return Err(refused());
+        }
+        raft.trigger().transfer_leader(target).await.map_err(|fatal| ProposeError::Stopped(fatal.to_string()))
+    }
+}
+
+fn read_status(raft: &Raft, log: &Log, readable: Readable) -> Status {
+    let metrics = raft.server_metrics();
+    let metrics = metrics.borrow_watched();
+    let membership = metrics.membership_config.membership();
+    let term = Term(metrics.vote.leader_id.term);
+    let is_leader = metrics.state == ServerState::Leader;
+    let node_of = |replica: u64| membership.get_node(&replica).map(|at| NodeId(at.node));
+    Status {
+        term,
+        leader: metrics.current_leader.and_then(node_of),
+        is_leader,
+        ready: is_leader && readable.term == term,
+        applied: readable.index,
+        last: log.last().map(|last| last.index),
+        voters: membership.voter_ids().filter_map(node_of).collect(),
+        stopped: log.poisoned().or_else(|| stopped(raft)),
+    }
+}
+
+/// Publishes a status whenever leadership, term, readiness or membership change.
+async fn follow_status(raft: Raft, log: Log, mut readable: watch::Receiver<Readable>, out: watch::Sender<Status>) {
+    let mut server = raft.server_metrics();
+    loop {
+        let status = read_status(&raft, &log, *readable.borrow_and_update());
+        let waits_for_noop = status.is_leader && !status.ready;
+        out.send_if_modified(|old| {
+            let changed = (old.term, old.leader, old.is_leader, old.ready, &old.voters, &old.stopped)
+                != (status.term, status.leader, status.is_leader, status.ready, &status.voters, &status.stopped);
+            *old = status;
+            changed
+        });
+        let ended = tokio::select! {
+            changed = server.changed() => changed.is_err(),
+            // Every commit changes this: watched only until the leader's first entry is applied.
+            changed = readable.changed(), if waits_for_noop => changed.is_err(),
+            () = out.closed() => return,
+        };
+        if ended {
+            let status = read_status(&raft, &log, *readable.borrow());
+            out.send_replace(Status { is_leader: false, ready: false, ..status });
+            return;
+        }
+    }
+}

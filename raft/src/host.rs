@@ -1,0 +1,429 @@
+//! All groups of a node, and the transport that they share.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use arqon_proto::{GroupId, NodeId, ReplicaId, wire};
+use arqon_storage::Store;
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, join_all};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+    time::timeout,
+};
+
+use crate::{
+    config::raft_config,
+    group::Group,
+    machine::{Machine, Readable, StateMachine},
+    network::{Network, Peer},
+    peer::{
+        Failure, Secret,
+        framed::Body,
+        incoming,
+        outgoing::{Outgoing, Target},
+    },
+    store::{InstalledSlot, LogStore},
+    types::{ReplicaAt, TypeConfig},
+};
+
+pub(crate) type Raft = openraft::Raft<TypeConfig, Machine>;
+
+/// Peer connections accepted at once.
+const INCOMING_COUNT_MAX: usize = 1_024;
+/// A replica that is not the first waits this long for another to initialise a new group.
+const INITIALISE_PATIENCE: Duration = Duration::from_secs(2);
+/// A forwarded request may wait for a commit on the other side.
+const FORWARD_PATIENCE: Duration = Duration::from_secs(15);
+/// A leader that shuts down waits this long for another to take over.
+const HAND_OVER_PATIENCE: Duration = Duration::from_millis(1_500);
+
+/// What a host is made of.
+pub struct HostOptions {
+    /// This node.
+    pub node: NodeId,
+    /// Name of the cluster; peers of another are refused.
+    pub cluster: String,
+    /// What all nodes of the cluster know.
+    pub secret: Vec<u8>,
+    /// The bound peer port.
+    pub peer_listener: TcpListener,
+}
+
+/// A replica to open.
+#[derive(Clone, Debug)]
+pub struct GroupSpec {
+    /// The group.
+    pub group: GroupId,
+    /// Raft id of this placement; never used before by another.
+    pub replica: ReplicaId,
+    /// Voters of a new group with their nodes; every one of them is given the same set.
+    pub initial: Vec<(ReplicaId, NodeId)>,
+    /// Whether this replica starts the group at once and so becomes its first leader.
+    pub first: bool,
+}
+
+/// Why a replica does not open.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Its log cannot be trusted; it answers neither votes nor appends until it is replaced.
+    #[error("replica {replica} of group {group} is quarantined: {reason}")]
+    Quarantined {
+        /// The group.
+        group: GroupId,
+        /// The replica.
+        replica: ReplicaId,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The disk refuses.
+    #[error("replica {replica} of group {group} does not open: {source}")]
+    Io {
+        /// The group.
+        group: GroupId,
+        /// The replica.
+        replica: ReplicaId,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is open already.
+    #[error("group {0} is open already")]
+    AlreadyOpen(GroupId),
+}
+
+/// Why a forwarded request has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// No answer; it may have been carried out.
+    #[error("node {node}: {reason}")]
+    Unreachable {
+        /// The node asked.
+        node: NodeId,
+        /// Why.
+        reason: String,
+    },
+    /// The node's handler answered with an error.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Answers requests that other nodes forward: (from, kind, body).
+pub type ForwardHandler = Arc<dyn Fn(NodeId, String, Bytes) -> BoxFuture<'static, Result<Bytes, String>> + Send + Sync>;
+
+enum Replica {
+    Running(Group),
+    Quarantined { replica: ReplicaId, reason: String },
+}
+
+struct PeerEntry {
+    address: watch::Sender<String>,
+    peer: Arc<Peer>,
+}
+
+pub(crate) struct HostInner {
+    pub node: NodeId,
+    pub secret: Secret,
+    cluster: String,
+    store: Store,
+    peers: RwLock<BTreeMap<NodeId, PeerEntry>>,
+    groups: RwLock<HashMap<GroupId, Replica>>,
+    forward: RwLock<Option<ForwardHandler>>,
+    stopping: watch::Sender<bool>,
+}
+
+/// All groups of a node and its peer transport. Cheap to clone.
+#[derive(Clone)]
+pub struct Host {
+    inner: Arc<HostInner>,
+}
+
+impl HostInner {
+    /// The connections to a node, made when first asked for.
+    pub(crate) fn peer(&self, node: NodeId) -> Arc<Peer> {
+        if let Some(entry) = self.peers.read().unwrap_or_else(PoisonError::into_inner).get(&node) {
+            return entry.peer.clone();
+        }
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        peers.entry(node).or_insert_with(|| self.connect(node)).peer.clone()
+    }
+
+    fn connect(&self, node: NodeId) -> PeerEntry {
+        let (address, watched) = watch::channel(String::new());
+        let start = |bulk| {
+            Outgoing::start(Target {
+                node,
+                bulk,
+                own_node: self.node,
+                secret: self.secret.clone(),
+                address: watched.clone(),
+            })
+        };
+        PeerEntry { address, peer: Arc::new(Peer { control: start(false), bulk: start(true) }) }
+    }
+
+    /// The Raft of a local replica, or what to answer a peer that asks for it.
+    pub(crate) fn raft(&self, group: GroupId, replica: u64) -> Result<Raft, wire::PeerError> {
+        use wire::peer_error::Code;
+        let error = |code: Code, message: String| wire::PeerError { code: code.into(), message };
+        let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
+        match groups.get(&group) {
+            Some(Replica::Running(running)) if running.replica().0 == replica => Ok(running.raft().clone()),
+            Some(Replica::Quarantined { replica: id, reason }) if id.0 == replica => {
+                Err(error(Code::Quarantined, reason.clone()))
+            }
+            _ => {
+                Err(error(Code::NoReplica, format!("replica {replica} of group {group} is not on node {}", self.node)))
+            }
+        }
+    }
+
+    pub(crate) async fn handle_forward(&self, from: NodeId, kind: String, body: Bytes) -> Result<Bytes, String> {
+        let handler = self.forward.read().unwrap_or_else(PoisonError::into_inner).clone();
+        match handler {
+            Some(handler) => handler(from, kind, body).await,
+            None => Err("node is starting".into()),
+        }
+    }
+
+    fn groups(&self) -> Vec<Group> {
+        let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
+        groups
+            .values()
+            .filter_map(|replica| match replica {
+                Replica::Running(group) => Some(group.clone()),
+                Replica::Quarantined { .. } => None,
+            })
+            .collect()
+    }
+}
+
+impl Host {
+    /// Starts the transport; groups are opened one by one.
+    #[must_use]
+    pub fn start(options: HostOptions, store: Store) -> Self {
+        let inner = Arc::new(HostInner {
+            node: options.node,
+            secret: Secret::new(&options.cluster, &options.secret),
+            cluster: options.cluster,
+            store,
+            peers: RwLock::default(),
+            groups: RwLock::default(),
+            forward: RwLock::default(),
+            stopping: watch::Sender::new(false),
+        });
+        tokio::spawn(accept(inner.clone(), options.peer_listener));
+        Self { inner }
+    }
+
+    /// Tells where the peer ports of the other nodes are.
+    pub fn set_peers(&self, peers: impl IntoIterator<Item = (NodeId, String)>) {
+        for (node, address) in peers.into_iter().filter(|(node, _)| *node != self.inner.node) {
+            self.inner.peer(node);
+            let peers = self.inner.peers.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(entry) = peers.get(&node) {
+                entry.address.send_if_modified(|old| {
+                    let changed = *old != address;
+                    *old = address;
+                    changed
+                });
+            }
+        }
+    }
+
+    /// Whether the control connection to `node` stands. A node reaches itself.
+    #[must_use]
+    pub fn peer_reachable(&self, node: NodeId) -> bool {
+        let peers = self.inner.peers.read().unwrap_or_else(PoisonError::into_inner);
+        node == self.inner.node || peers.get(&node).is_some_and(|entry| entry.peer.control.is_connected())
+    }
+
+    /// Opens or creates a replica, recovers its log and starts Raft on it.
+    ///
+    /// # Errors
+    /// [`OpenError`]; a quarantined replica stays known, and its peers are told.
+    pub async fn open(&self, spec: GroupSpec, machine: Box<dyn StateMachine>) -> Result<Group, OpenError> {
+        let GroupSpec { group, replica, .. } = spec;
+        if self.inner.groups.read().unwrap_or_else(PoisonError::into_inner).contains_key(&group) {
+            return Err(OpenError::AlreadyOpen(group));
+        }
+        let io = |source: io::Error| OpenError::Io { group, replica, source };
+        let log = match self.inner.store.open_log(group, replica) {
+            Ok((log, recovery)) => {
+                tracing::debug!(group = group.0, replica = replica.0, ?recovery, "log opened");
+                log
+            }
+            Err(arqon_storage::OpenError::Quarantined { reason, .. }) => {
+                let quarantined = Replica::Quarantined { replica, reason: reason.clone() };
+                self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, quarantined);
+                return Err(OpenError::Quarantined { group, replica, reason });
+            }
+            Err(error) => return Err(io(io::Error::other(error))),
+        };
+        let installed = InstalledSlot::default();
+        let (readable_tx, readable) = watch::channel(Readable::default());
+        let machine = Machine::open(machine, log.clone(), installed.clone(), readable_tx).map_err(io)?;
+        let network = Network { host: self.inner.clone(), group: group.0 };
+        let store = LogStore::new(log.clone(), installed);
+        let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)
+            .await
+            .map_err(|fatal| io(io::Error::other(fatal)))?;
+        let handle = Group::new(group, replica, raft.clone(), log, readable);
+        let running = Replica::Running(handle.clone());
+        self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, running);
+        self.initialise(&spec, raft).await;
+        Ok(handle)
+    }
+
+    /// Gives a new group its first membership. Every initial replica may do it, with the same
+    /// set, so that a group starts although some of them are away.
+    async fn initialise(&self, spec: &GroupSpec, raft: Raft) {
+        let members: BTreeMap<u64, ReplicaAt> =
+            spec.initial.iter().map(|(replica, node)| (replica.0, ReplicaAt { node: node.0 })).collect();
+        if members.is_empty() || raft.is_initialized().await.unwrap_or(true) {
+            return;
+        }
+        if spec.first {
+            log_initialise(raft.initialize(members).await.err());
+            return;
+        }
+        let mut stopping = self.inner.stopping.subscribe();
+        tokio::spawn(async move {
+            let waited = timeout(INITIALISE_PATIENCE, stopping.wait_for(|stopping| *stopping)).await.is_err();
+            if waited && !raft.is_initialized().await.unwrap_or(true) {
+                log_initialise(raft.initialize(members).await.err());
+            }
+        });
+    }
+
+    /// Stops a replica; its log stays.
+    pub async fn close(&self, group: GroupId) {
+        let removed = self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).remove(&group);
+        if let Some(Replica::Running(running)) = removed {
+            stop(&running).await;
+        }
+    }
+
+    /// Stops a replica and removes its log.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub async fn delete(&self, group: GroupId, replica: ReplicaId) -> io::Result<()> {
+        self.close(group).await;
+        self.inner.store.delete_log(group, replica)
+    }
+
+    /// Replicas that may not run, with the reason.
+    #[must_use]
+    pub fn quarantined(&self) -> Vec<(GroupId, String)> {
+        let groups = self.inner.groups.read().unwrap_or_else(PoisonError::into_inner);
+        let mut out: Vec<_> = groups
+            .iter()
+            .filter_map(|(group, replica)| match replica {
+                Replica::Quarantined { reason, .. } => Some((*group, reason.clone())),
+                Replica::Running(_) => None,
+            })
+            .collect();
+        out.sort();
+        out
+    }
+
+    /// Asks another node's [`ForwardHandler`].
+    ///
+    /// # Errors
+    /// No answer, or the handler's error.
+    pub async fn forward(&self, node: NodeId, kind: &str, body: Bytes) -> Result<Bytes, ForwardError> {
+        if node == self.inner.node {
+            return self.inner.handle_forward(node, kind.to_owned(), body).await.map_err(ForwardError::Refused);
+        }
+        let message = wire::peer_frame::Body::Forward(wire::ForwardedRequest { kind: kind.to_owned() });
+        let frame = wire::PeerFrame { body: Some(message), ..Default::default() };
+        let peer = self.inner.peer(node);
+        let unreachable = |failure: Failure| ForwardError::Unreachable { node, reason: failure.to_string() };
+        match peer.control.call(frame, Body::Bytes(body), FORWARD_PATIENCE).await.map_err(unreachable)? {
+            (wire::peer_frame::Body::ForwardReply(reply), body) if reply.ok => Ok(body),
+            (wire::peer_frame::Body::ForwardReply(reply), _) => Err(ForwardError::Refused(reply.error)),
+            _ => Err(unreachable(Failure::Protocol("something other than a forwarded reply"))),
+        }
+    }
+
+    /// Sets who answers forwarded requests.
+    pub fn on_forward(&self, handler: ForwardHandler) {
+        *self.inner.forward.write().unwrap_or_else(PoisonError::into_inner) = Some(handler);
+    }
+
+    /// Hands leadership over where another voter can take it, stops all groups and the
+    /// transport, and closes the store.
+    pub async fn shutdown(&self) {
+        let groups = self.inner.groups();
+        join_all(groups.iter().map(|group| hand_over(self, group))).await;
+        self.inner.stopping.send_replace(true);
+        self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).clear();
+        join_all(groups.iter().map(stop)).await;
+        self.inner.peers.write().unwrap_or_else(PoisonError::into_inner).clear();
+        *self.inner.forward.write().unwrap_or_else(PoisonError::into_inner) = None;
+        drop(groups);
+        self.inner.store.clone().close().await;
+    }
+}
+
+fn log_initialise(error: Option<impl std::fmt::Display>) {
+    if let Some(error) = error {
+        // Another replica was faster: the usual case, not a failure.
+        tracing::debug!(%error, "group not initialised from here");
+    }
+}
+
+async fn stop(group: &Group) {
+    if let Err(error) = group.raft().shutdown().await {
+        tracing::warn!(group = group.id().0, %error, "group did not stop cleanly");
+    }
+}
+
+async fn hand_over(host: &Host, group: &Group) {
+    let status = group.status();
+    let own = host.inner.node;
+    let heir = status.voters.iter().copied().find(|node| *node != own && host.peer_reachable(*node));
+    let (true, Some(heir)) = (status.is_leader, heir) else { return };
+    let mut watch = group.watch();
+    if group.transfer_leader(heir).await.is_ok() {
+        // Best effort: without it the others elect after their time-out.
+        timeout(HAND_OVER_PATIENCE, watch.wait_for(|status| !status.is_leader)).await.ok();
+    }
+}
+
+async fn accept(host: Arc<HostInner>, listener: TcpListener) {
+    let slots = Arc::new(Semaphore::new(INCOMING_COUNT_MAX));
+    let mut stopping = host.stopping.subscribe();
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stopping.wait_for(|stopping| *stopping) => return,
+        };
+        match accepted {
+            Ok((stream, from)) => {
+                let (host, mut stopping) = (host.clone(), host.stopping.subscribe());
+                tokio::spawn(async move {
+                    let end = tokio::select! {
+                        end = incoming::serve(host, stream) => end,
+                        _ = stopping.wait_for(|stopping| *stopping) => Ok(()),
+                    };
+                    if let Err(error) = end {
+                        tracing::debug!(%from, %error, "peer connection ended");
+                    }
+                    drop(slot);
+                });
+            }
+            // Out of descriptors, for example: wait for connections to go rather than spin.
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a peer");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}

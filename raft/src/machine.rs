@@ -1,0 +1,277 @@
+//! openraft's state machine over a [`StateMachine`] of the Spine.
+//!
+//! The machine holds small derived state; the records stay in the log. Checkpoints of it only
+//! shorten a restart. A snapshot for followers is a checkpoint at the retention point, never at
+//! the last applied entry, because installing one drops the follower's log up to its position.
+
+use std::{
+    io,
+    sync::{Mutex, PoisonError},
+};
+
+use arqon_proto::{Batch, BatchKind, DecodeError, Offset, RaftIndex, Term, wire};
+use arqon_storage::{CheckpointKind, Log};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use openraft::{
+    EntryPayload,
+    storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine},
+};
+use prost::Message;
+use tokio::sync::watch;
+
+use crate::{
+    store::{Installed, InstalledSlot},
+    types::{
+        Applied, Entry, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig, from_wire_log_id,
+        from_wire_membership, position, wire_log_id, wire_membership,
+    },
+};
+
+const CHECKPOINT_VERSION: u32 = 1;
+/// A checkpoint is saved after this many bytes of applied entries.
+const CHECKPOINT_INTERVAL_BYTES: usize = 16 << 20;
+
+/// A group's deterministic state: what the Spine derives from the entries, in order.
+///
+/// Replicas that applied the same entries must have equal checkpoints, so an implementation
+/// may use no clock, no randomness and no iteration order that varies.
+pub trait StateMachine: Send + 'static {
+    /// Applies one committed entry; the answer goes to its proposer. Raft's own entries come
+    /// too (kind `raft`).
+    fn apply(&mut self, batch: &Batch) -> Bytes;
+
+    /// The whole state.
+    fn checkpoint(&self) -> Bytes;
+
+    /// Replaces the state; empty bytes stand for that of an empty log.
+    ///
+    /// # Errors
+    /// Bytes that no `checkpoint` made.
+    fn restore(&mut self, state: &[u8]) -> Result<(), DecodeError>;
+}
+
+/// Up to where readers may read: min(applied, locally written). What is applied was read from
+/// the local log, so it is written there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Readable {
+    /// Last applied entry.
+    pub index: Option<RaftIndex>,
+    /// Term of that entry.
+    pub term: Term,
+    /// Offset after the last readable record.
+    pub next_offset: Offset,
+}
+
+pub(crate) struct Machine {
+    /// In a mutex only because openraft asks for `Sync`; it is never contended.
+    inner: Mutex<Box<dyn StateMachine>>,
+    log: Log,
+    installed: InstalledSlot,
+    readable: watch::Sender<Readable>,
+    applied: Option<LogId>,
+    membership: StoredMembership,
+    next_offset: Offset,
+    unsaved_bytes: usize,
+}
+
+impl Machine {
+    /// Takes up the newest checkpoint that opens; entries after it are applied again.
+    pub(crate) fn open(
+        inner: Box<dyn StateMachine>,
+        log: Log,
+        installed: InstalledSlot,
+        readable: watch::Sender<Readable>,
+    ) -> io::Result<Self> {
+        let mut machine = Self {
+            inner: Mutex::new(inner),
+            next_offset: Offset(0),
+            log,
+            installed,
+            readable,
+            applied: None,
+            membership: StoredMembership::default(),
+            unsaved_bytes: 0,
+        };
+        let mut checkpoints = machine.log.checkpoints();
+        checkpoints.sort_by_key(|(_, at)| std::cmp::Reverse(at.index));
+        for (kind, at) in checkpoints {
+            match machine.log.load_checkpoint(kind, at).and_then(|bytes| machine.restore(&bytes)) {
+                Ok(()) => return Ok(machine),
+                // Derived data: an older one, or the log itself, gives the same state.
+                Err(error) => {
+                    tracing::warn!(%error, index = at.index.0, "checkpoint does not open, taking an older one")
+                }
+            }
+        }
+        if machine.log.purged().is_some() {
+            return Err(io::Error::other("the log's start is gone and no checkpoint of it opens"));
+        }
+        machine.inner().restore(&[]).map_err(io::Error::other)?;
+        Ok(machine)
+    }
+
+    fn inner(&mut self) -> &mut dyn StateMachine {
+        self.inner.get_mut().unwrap_or_else(PoisonError::into_inner).as_mut()
+    }
+
+    fn encode_checkpoint(&mut self) -> Bytes {
+        let state = self.inner().checkpoint();
+        let checkpoint = wire::Checkpoint {
+            version: CHECKPOINT_VERSION,
+            applied: self.applied.as_ref().map(wire_log_id),
+            membership_id: self.membership.log_id().as_ref().map(wire_log_id),
+            membership: Some(wire_membership(self.membership.membership())),
+            state,
+            next_offset: self.next_offset.0,
+        };
+        checkpoint.encode_to_vec().into()
+    }
+
+    fn restore(&mut self, bytes: &Bytes) -> io::Result<()> {
+        let checkpoint = decode_checkpoint(bytes)?;
+        let membership = from_wire_membership(checkpoint.membership.unwrap_or_default())
+            .ok_or_else(|| io::Error::other("checkpoint holds a malformed membership"))?;
+        self.inner().restore(&checkpoint.state).map_err(io::Error::other)?;
+        self.applied = checkpoint.applied.map(from_wire_log_id);
+        self.membership = StoredMembership::new(checkpoint.membership_id.map(from_wire_log_id), membership);
+        self.next_offset = Offset(checkpoint.next_offset);
+        self.publish();
+        Ok(())
+    }
+
+    fn publish(&self) {
+        self.readable.send_replace(Readable {
+            index: self.applied.as_ref().map(|id| RaftIndex(id.index())),
+            term: self.applied.as_ref().map_or(Term(0), |id| position(id).term),
+            next_offset: self.next_offset,
+        });
+    }
+
+    fn apply_entry(&mut self, entry: &Entry) -> Applied {
+        if let Some(applied) = &self.applied {
+            assert_eq!(entry.log_id.index(), applied.index() + 1, "entries are applied in order, each once");
+        }
+        let at = position(&entry.log_id);
+        let mut answer = Applied { position: at, base_offset: self.next_offset, time_ms: 0, outcome: Bytes::new() };
+        match &entry.payload {
+            EntryPayload::Normal(batch) => {
+                if batch.header.kind == BatchKind::Data {
+                    assert_eq!(batch.header.base_offset, self.next_offset, "offsets have no gap");
+                    self.next_offset = batch.header.next_offset();
+                }
+                answer.base_offset = batch.header.base_offset;
+                answer.time_ms = batch.header.time_ms;
+                answer.outcome = self.inner().apply(batch);
+                self.unsaved_bytes += batch.header.batch_size();
+            }
+            EntryPayload::Membership(membership) => {
+                self.membership = StoredMembership::new(Some(entry.log_id), membership.clone());
+            }
+            EntryPayload::Blank => {}
+        }
+        self.applied = Some(entry.log_id);
+        answer
+    }
+}
+
+fn decode_checkpoint(bytes: &Bytes) -> io::Result<wire::Checkpoint> {
+    let checkpoint =
+        wire::Checkpoint::decode(bytes.clone()).map_err(|_| io::Error::other("checkpoint is malformed"))?;
+    if checkpoint.version != CHECKPOINT_VERSION {
+        return Err(io::Error::other(format!("checkpoint has the unknown version {}", checkpoint.version)));
+    }
+    Ok(checkpoint)
+}
+
+impl RaftStateMachine<TypeConfig> for Machine {
+    type SnapshotData = Bytes;
+    type SnapshotBuilder = RetentionSnapshot;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        Ok((self.applied, self.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> Result<(), io::Error>
+    where
+        Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + Send,
+    {
+        while let Some(item) = entries.next().await {
+            let (entry, responder) = item?;
+            let answer = self.apply_entry(&entry);
+            // Before the answer: who was told of a write must be able to read it.
+            self.publish();
+            if let Some(responder) = responder {
+                responder.send(Some(answer));
+            }
+        }
+        if self.unsaved_bytes >= CHECKPOINT_INTERVAL_BYTES
+            && let Some(applied) = self.applied
+        {
+            self.unsaved_bytes = 0;
+            let (log, bytes, at) = (self.log.clone(), self.encode_checkpoint(), position(&applied));
+            tokio::spawn(async move {
+                if let Err(error) = log.save_checkpoint(CheckpointKind::Newest, at, bytes).await {
+                    tracing::warn!(%error, index = at.index.0, "checkpoint not saved, a restart will take longer");
+                }
+            });
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
+        RetentionSnapshot { log: self.log.clone() }
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Bytes) -> Result<(), io::Error> {
+        let checkpoint = decode_checkpoint(&snapshot)?;
+        if checkpoint.applied.map(from_wire_log_id) != meta.last_log_id {
+            return Err(io::Error::other("snapshot does not belong to its announced position"));
+        }
+        // At start openraft hands the machine its own snapshot, which may lie behind it.
+        if self.applied >= meta.last_log_id {
+            return Ok(());
+        }
+        self.restore(&snapshot)?;
+        let Some(last) = &meta.last_log_id else { return Ok(()) };
+        // The log jumps when openraft purges it, which it does next, and saves the checkpoint with
+        // it: after a crash in between the old log stands.
+        let installed = Installed { position: position(last), next_offset: self.next_offset, checkpoint: snapshot };
+        *self.installed.lock().unwrap_or_else(PoisonError::into_inner) = Some(installed);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        current_snapshot(&self.log)
+    }
+}
+
+/// Gives the checkpoint of the retention point; there is none before the first retention.
+pub(crate) struct RetentionSnapshot {
+    log: Log,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for RetentionSnapshot {
+    type SnapshotData = Bytes;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        current_snapshot(&self.log)?.ok_or_else(|| io::Error::other("no retention point yet, nothing to snapshot"))
+    }
+}
+
+fn current_snapshot(log: &Log) -> io::Result<Option<Snapshot>> {
+    let retention = log.checkpoints().into_iter().filter(|(kind, _)| *kind == CheckpointKind::Retention);
+    let Some((kind, at)) = retention.max_by_key(|(_, at)| at.index) else {
+        return Ok(None);
+    };
+    let bytes = log.load_checkpoint(kind, at)?;
+    let checkpoint = decode_checkpoint(&bytes)?;
+    let membership = from_wire_membership(checkpoint.membership.unwrap_or_default())
+        .ok_or_else(|| io::Error::other("checkpoint holds a malformed membership"))?;
+    let membership_id = checkpoint.membership_id.map(from_wire_log_id);
+    let meta = SnapshotMeta {
+        last_log_id: checkpoint.applied.map(from_wire_log_id),
+        last_membership: StoredMembership::new(membership_id, membership),
+    };
+    Ok(Some(Snapshot { meta, snapshot: bytes }))
+}

@@ -1,0 +1,285 @@
+//! openraft's network over the peer transport.
+
+use std::{
+    future::Future,
+    io,
+    sync::{Arc, atomic::AtomicU64, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+use arqon_proto::{
+    NodeId,
+    wire::{self, PeerFrame, append_reply, peer_frame::Body as Message},
+};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, future::BoxFuture, stream::BoxStream};
+use openraft::{
+    RPCTypes,
+    errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable},
+    network::{RPCOption, RaftNetworkFactory, v2::RaftNetworkV2},
+    raft::{
+        AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError, StreamAppendResult,
+        TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
+    },
+};
+
+use crate::{
+    host::HostInner,
+    peer::{Failure, framed::Body, outgoing::Outgoing},
+    types::{
+        ReplicaAt, Snapshot, TypeConfig, Vote, from_wire_log_id, from_wire_vote, into_batch, wire_log_id,
+        wire_membership, wire_vote,
+    },
+};
+
+type Rpc<T> = Result<T, RPCError<TypeConfig>>;
+
+/// Appends of one group sent to one follower and not answered.
+const PIPELINE_DEPTH: usize = 32;
+/// An append that has no answer for this long fails its session, and the connection with it.
+const APPEND_PATIENCE: Duration = Duration::from_secs(5);
+/// Votes and heartbeats that take longer are as good as lost.
+const CONTROL_PATIENCE: Duration = Duration::from_secs(1);
+
+static NEXT_SESSION: AtomicU64 = AtomicU64::new(1);
+
+/// Makes clients for one group's replicas.
+pub(crate) struct Network {
+    pub host: Arc<HostInner>,
+    pub group: u64,
+}
+
+impl Network {
+    fn client(&self, target: u64, at: ReplicaAt) -> Client {
+        let peer = self.host.peer(NodeId(at.node));
+        Client { own: self.host.node.0, group: self.group, target, peer }
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for Network {
+    type Network = Client;
+
+    async fn new_client(&mut self, target: u64, node: &ReplicaAt) -> Client {
+        self.client(target, *node)
+    }
+}
+
+/// The two connections to one node.
+pub(crate) struct Peer {
+    pub control: Outgoing,
+    pub bulk: Outgoing,
+}
+
+/// Talks to one replica of one group.
+pub(crate) struct Client {
+    own: u64,
+    group: u64,
+    target: u64,
+    peer: Arc<Peer>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Reason(String);
+
+impl Client {
+    fn frame(&self, message: Message, session: u64) -> PeerFrame {
+        PeerFrame { request_id: 0, group: self.group, target_replica: self.target, session, body: Some(message) }
+    }
+
+    fn failed(&self, failure: &Failure, what: RPCTypes, patience: Duration) -> RPCError<TypeConfig> {
+        match failure {
+            Failure::TimedOut => {
+                RPCError::Timeout(Timeout { action: what, id: self.own, target: self.target, timeout: patience })
+            }
+            // Backed off from: nobody is there, or the replica is not (yet) open.
+            Failure::Unreachable(_) | Failure::Refused { .. } => {
+                RPCError::Unreachable(Unreachable::new(&Reason(failure.to_string())))
+            }
+            Failure::Protocol(_) => RPCError::Network(NetworkError::new(&Reason(failure.to_string()))),
+        }
+    }
+
+    async fn control(&self, message: Message, what: RPCTypes) -> Rpc<Message> {
+        let answer = self.peer.control.call(self.frame(message, 0), Body::EMPTY, CONTROL_PATIENCE).await;
+        match answer {
+            Ok((message, _)) => Ok(message),
+            Err(failure) => {
+                if matches!(failure, Failure::TimedOut) {
+                    self.peer.control.reset();
+                }
+                Err(self.failed(&failure, what, CONTROL_PATIENCE))
+            }
+        }
+    }
+
+    async fn ask_vote(&self, rpc: &VoteRequest<TypeConfig>, pre: bool) -> Rpc<VoteResponse<TypeConfig>> {
+        let request = wire::VoteRequest {
+            vote: Some(wire_vote(&rpc.vote)),
+            last: rpc.last_log_id.as_ref().map(wire_log_id),
+            leader_transfer: rpc.leadership_transfer,
+        };
+        let message = if pre { Message::PreVote(request) } else { Message::Vote(request) };
+        let Message::VoteReply(reply) = self.control(message, RPCTypes::Vote).await? else {
+            return Err(unexpected("something other than a vote"));
+        };
+        let vote = reply.vote.as_ref().and_then(from_wire_vote).ok_or_else(|| unexpected("a malformed vote"))?;
+        Ok(VoteResponse::new(vote, reply.last.map(from_wire_log_id), reply.granted))
+    }
+}
+
+fn unexpected(what: &'static str) -> RPCError<TypeConfig> {
+    RPCError::Network(NetworkError::new(&io::Error::other(Failure::Protocol(what))))
+}
+
+fn append_frame(rpc: AppendEntriesRequest<TypeConfig>) -> (Message, Body) {
+    let append = wire::AppendEntries {
+        vote: Some(wire_vote(&rpc.vote)),
+        prev: rpc.prev_log_id.as_ref().map(wire_log_id),
+        leader_commit: rpc.leader_commit.as_ref().map(wire_log_id),
+        entry_count: rpc.entries.len() as u32,
+    };
+    (Message::Append(append), Body::Batches(rpc.entries.into_iter().map(into_batch).collect()))
+}
+
+fn stream_result(message: Message) -> Rpc<StreamAppendResult<TypeConfig>> {
+    let Message::AppendReply(reply) = message else { return Err(unexpected("something other than an append reply")) };
+    match reply.result {
+        Some(append_reply::Result::Matching(id)) => Ok(Ok(Some(from_wire_log_id(id)))),
+        Some(append_reply::Result::MatchingNone(_)) => Ok(Ok(None)),
+        Some(append_reply::Result::Conflict(id)) => Ok(Err(StreamAppendError::Conflict(from_wire_log_id(id)))),
+        Some(append_reply::Result::HigherVote(vote)) => {
+            let vote = from_wire_vote(&vote).ok_or_else(|| unexpected("a malformed vote"))?;
+            Ok(Err(StreamAppendError::HigherVote(vote)))
+        }
+        None => Err(unexpected("an empty append reply")),
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for Client {
+    type SnapshotData = Bytes;
+
+    /// Heartbeats come this way; replication uses [`Self::stream_append`].
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> Rpc<AppendEntriesResponse<TypeConfig>> {
+        let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
+        let (message, body) = append_frame(rpc);
+        let frame = self.frame(message, 0);
+        let answer = self.peer.control.call(frame, body, CONTROL_PATIENCE).await;
+        let message = match answer {
+            Ok((message, _)) => message,
+            Err(failure) => {
+                if matches!(failure, Failure::TimedOut) {
+                    self.peer.control.reset();
+                }
+                return Err(self.failed(&failure, RPCTypes::AppendEntries, CONTROL_PATIENCE));
+            }
+        };
+        Ok(match stream_result(message)? {
+            Ok(matching) if matching == last => AppendEntriesResponse::Success,
+            Ok(matching) => AppendEntriesResponse::PartialSuccess(matching),
+            Err(StreamAppendError::Conflict(_)) => AppendEntriesResponse::Conflict,
+            Err(StreamAppendError::HigherVote(vote)) => AppendEntriesResponse::HigherVote(vote),
+        })
+    }
+
+    /// Sends appends without waiting for each answer. They leave in order on one connection, the
+    /// follower works on a session in order, and the first failure ends the session.
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        _option: RPCOption,
+    ) -> BoxFuture<'s, Rpc<BoxStream<'s, Rpc<StreamAppendResult<TypeConfig>>>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
+    {
+        let this = &*self;
+        let session = NEXT_SESSION.fetch_add(1, Relaxed);
+        let answers = input
+            .then(move |rpc| async move {
+                let (message, body) = append_frame(rpc);
+                this.peer.bulk.submit(this.frame(message, session), body).await
+            })
+            .map(move |submitted| async move {
+                let answer = match submitted {
+                    Ok(pending) => pending.answer(APPEND_PATIENCE).await,
+                    Err(failure) => Err(failure),
+                };
+                match answer {
+                    Ok((message, _)) => stream_result(message),
+                    Err(failure) => {
+                        if matches!(failure, Failure::TimedOut) {
+                            this.peer.bulk.reset();
+                        }
+                        Err(this.failed(&failure, RPCTypes::AppendEntries, APPEND_PATIENCE))
+                    }
+                }
+            })
+            .buffered(PIPELINE_DEPTH)
+            .scan(false, |over, result| {
+                let item = (!*over).then_some(result);
+                *over = matches!(&item, Some(Err(_) | Ok(Err(_))));
+                std::future::ready(item)
+            });
+        let answers: BoxStream<'s, _> = Box::pin(answers);
+        Box::pin(std::future::ready(Ok(answers)))
+    }
+
+    async fn vote(&mut self, rpc: VoteRequest<TypeConfig>, _option: RPCOption) -> Rpc<VoteResponse<TypeConfig>> {
+        self.ask_vote(&rpc, false).await
+    }
+
+    async fn pre_vote(&mut self, rpc: VoteRequest<TypeConfig>, _option: RPCOption) -> Rpc<VoteResponse<TypeConfig>> {
+        self.ask_vote(&rpc, true).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let membership = &snapshot.meta.last_membership;
+        let request = wire::SnapshotRequest {
+            vote: Some(wire_vote(&vote)),
+            last: snapshot.meta.last_log_id.as_ref().map(wire_log_id),
+            membership_id: membership.log_id().as_ref().map(wire_log_id),
+            membership: Some(wire_membership(membership.membership())),
+        };
+        let patience = option.hard_ttl();
+        let frame = self.frame(Message::Snapshot(request), 0);
+        let sending = self.peer.bulk.call(frame, Body::Bytes(snapshot.snapshot), patience);
+        let answer = tokio::select! {
+            answer = sending => answer,
+            closed = cancel => return Err(StreamingError::Closed(closed)),
+        };
+        let reply = match answer {
+            Ok((Message::SnapshotReply(reply), _)) => reply,
+            Ok(_) => return Err(unexpected("something other than a snapshot reply").into()),
+            Err(failure) => return Err(self.failed(&failure, RPCTypes::InstallSnapshot, patience).into()),
+        };
+        let vote = reply.vote.as_ref().and_then(from_wire_vote);
+        Ok(SnapshotResponse::new(vote.ok_or_else(|| StreamingError::from(unexpected("a malformed vote")))?))
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        req: TransferLeaderRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> Rpc<TransferLeaderResponse<TypeConfig>> {
+        let request = wire::TransferLeader {
+            from: Some(wire_vote(req.from_leader())),
+            to: *req.to_node_id(),
+            last: req.last_log_id().map(wire_log_id),
+        };
+        // What a refusal says does not matter: the leader then keeps or loses its lease as it would.
+        match self.control(Message::TransferLeader(request), RPCTypes::TransferLeader).await? {
+            Message::TransferReply(_) => Ok(Ok(())),
+            _ => Err(unexpected("something other than a transfer reply")),
+        }
+    }
+}

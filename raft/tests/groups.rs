@@ -1,0 +1,345 @@
+//! Three nodes in one process: real logs, real sockets, real openraft.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use arqon_proto::{
+    Batch, BatchBuilder, BatchKind, Compression, DecodeError, GroupId, NodeId, Offset, RaftIndex, Record, ReplicaId,
+};
+use arqon_raft::{Applied, Group, GroupSpec, Host, HostOptions, OpenError, ProposeError, StateMachine};
+use arqon_storage::{Identity, Options, Store};
+use bytes::Bytes;
+use tokio::{net::TcpListener, time::timeout};
+
+const GROUP: GroupId = GroupId(7);
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Remembers the payload sizes that it applied, in order.
+#[derive(Clone, Default)]
+struct Sizes(Arc<Mutex<Vec<u8>>>);
+
+impl StateMachine for Sizes {
+    fn apply(&mut self, batch: &Batch) -> Bytes {
+        let mut sizes = self.0.lock().unwrap();
+        sizes.push(batch.header.records_size as u8);
+        Bytes::from(vec![sizes.len() as u8])
+    }
+
+    fn checkpoint(&self) -> Bytes {
+        self.0.lock().unwrap().clone().into()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DecodeError> {
+        *self.0.lock().unwrap() = state.to_vec();
+        Ok(())
+    }
+}
+
+struct Node {
+    host: Host,
+    group: Group,
+    applied: Sizes,
+}
+
+struct Cluster {
+    dir: tempfile::TempDir,
+    addresses: Vec<(NodeId, String)>,
+    nodes: Vec<Option<Node>>,
+}
+
+async fn listener(address: &str) -> TcpListener {
+    TcpListener::bind(address).await.unwrap()
+}
+
+impl Cluster {
+    async fn start(count: u64) -> Self {
+        let mut listeners = Vec::new();
+        let mut addresses = Vec::new();
+        for id in 1..=count {
+            let bound = listener("127.0.0.1:0").await;
+            addresses.push((NodeId(id), bound.local_addr().unwrap().to_string()));
+            listeners.push(bound);
+        }
+        let mut cluster = Self { dir: tempfile::tempdir().unwrap(), addresses, nodes: Vec::new() };
+        for (id, bound) in (1..).zip(listeners) {
+            let node = cluster.open(id, bound).await.unwrap();
+            cluster.nodes.push(Some(node));
+        }
+        cluster
+    }
+
+    fn data(&self, id: u64) -> std::path::PathBuf {
+        self.dir.path().join(format!("node-{id}"))
+    }
+
+    async fn open(&self, id: u64, peer_listener: TcpListener) -> Result<Node, OpenError> {
+        let identity = Identity { cluster: "test".into(), node: NodeId(id) };
+        let store = Store::open(&self.data(id), identity, Options::default()).unwrap();
+        let options = HostOptions { node: NodeId(id), cluster: "test".into(), secret: vec![1; 32], peer_listener };
+        let host = Host::start(options, store);
+        host.set_peers(self.addresses.clone());
+        let initial = self.addresses.iter().map(|(node, _)| (ReplicaId(100 + node.0), *node)).collect();
+        let applied = Sizes::default();
+        let spec = GroupSpec { group: GROUP, replica: ReplicaId(100 + id), initial, first: id == 1 };
+        match host.open(spec, Box::new(applied.clone())).await {
+            Ok(group) => Ok(Node { host, group, applied }),
+            Err(error) => {
+                host.shutdown().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn stop(&mut self, id: u64) {
+        let node = self.nodes[id as usize - 1].take().unwrap();
+        node.host.shutdown().await;
+    }
+
+    async fn restart(&mut self, id: u64) {
+        let bound = listener(&self.addresses[id as usize - 1].1).await;
+        let node = self.open(id, bound).await.unwrap();
+        self.nodes[id as usize - 1] = Some(node);
+    }
+
+    fn running(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.iter().flatten()
+    }
+
+    fn node(&self, id: u64) -> &Node {
+        self.nodes[id as usize - 1].as_ref().unwrap()
+    }
+
+    /// Waits for a leader that may accept writes.
+    async fn leader(&self) -> (u64, &Node) {
+        let ready = self.running().map(|node| {
+            let mut watch = node.group.watch();
+            Box::pin(async move {
+                watch.wait_for(|status| status.ready).await.unwrap();
+                node
+            })
+        });
+        let (node, _, _) = timeout(PATIENCE, futures_util::future::select_all(ready)).await.expect("a leader");
+        let id =
+            self.nodes.iter().position(|at| at.as_ref().is_some_and(|at| at.group.replica() == node.group.replica()));
+        (id.unwrap() as u64 + 1, node)
+    }
+
+    async fn publish(&self, payload: usize) -> Applied {
+        let (_, leader) = self.leader().await;
+        let term = leader.group.status().term;
+        let proposal = leader.group.propose(term, batch(payload)).await.unwrap();
+        timeout(PATIENCE, proposal).await.expect("an answer in time").unwrap()
+    }
+
+    /// Waits until every running node has applied through `index`.
+    async fn converge(&self, index: RaftIndex) {
+        for node in self.running() {
+            let mut readable = node.group.readable();
+            let reached = readable.wait_for(|readable| readable.index >= Some(index));
+            timeout(PATIENCE, reached).await.expect("convergence in time").unwrap();
+        }
+    }
+}
+
+fn batch(payload: usize) -> Batch {
+    let mut builder = BatchBuilder::new();
+    builder.push(&Record { payload: vec![7; payload].into(), ..Default::default() }).unwrap();
+    builder.build(Compression::None, None)
+}
+
+fn payloads(group: &Group) -> Vec<usize> {
+    let through = group.readable().borrow().index.unwrap();
+    let mut next = group.log().log_start();
+    let mut out = Vec::new();
+    loop {
+        let batches = group.log().read_data(next, through, 1 << 20).unwrap();
+        let Some(last) = batches.last() else { return out };
+        assert_eq!(batches[0].header.base_offset, next, "no gap between reads");
+        next = last.header.next_offset();
+        out.extend(batches.iter().map(|batch| batch.records.len() - 32));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_acknowledged_is_on_every_replica_in_order() {
+    let mut cluster = Cluster::start(3).await;
+    let mut last = None;
+    for payload in 1..=50 {
+        let applied = cluster.publish(payload).await;
+        assert_eq!(applied.base_offset, Offset(payload as u64 - 1));
+        last = Some(applied.position.index);
+    }
+    cluster.converge(last.unwrap()).await;
+    let expected: Vec<usize> = (1..=50).collect();
+    for node in cluster.running() {
+        assert_eq!(payloads(&node.group), expected);
+        assert_eq!(node.applied.0.lock().unwrap().len(), 50);
+    }
+    for id in 1..=3 {
+        cluster.stop(id).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_goes_is_replaced_and_catches_up_when_it_returns() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.publish(1).await;
+    let (first, _) = cluster.leader().await;
+    cluster.stop(first).await;
+    for payload in 2..=20 {
+        cluster.publish(payload).await;
+    }
+    let (second, _) = cluster.leader().await;
+    assert_ne!(first, second);
+    cluster.restart(first).await;
+    let last = cluster.publish(21).await;
+    cluster.converge(last.position.index).await;
+    assert_eq!(payloads(&cluster.node(first).group), (1..=21).collect::<Vec<_>>());
+    for id in 1..=3 {
+        cluster.stop(id).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_nodes_restarted_at_once_still_have_everything() {
+    let mut cluster = Cluster::start(3).await;
+    for payload in 1..=10 {
+        cluster.publish(payload).await;
+    }
+    for id in 1..=3 {
+        cluster.stop(id).await;
+    }
+    for id in 1..=3 {
+        cluster.restart(id).await;
+    }
+    let last = cluster.publish(11).await;
+    assert_eq!(last.base_offset, Offset(10));
+    cluster.converge(last.position.index).await;
+    for id in 1..=3 {
+        assert_eq!(payloads(&cluster.node(id).group), (1..=11).collect::<Vec<_>>());
+        cluster.stop(id).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn proposals_keep_the_order_in_which_they_were_submitted() {
+    let cluster = Cluster::start(3).await;
+    let (_, leader) = cluster.leader().await;
+    let term = leader.group.status().term;
+    let mut proposals = Vec::new();
+    for payload in 1..=200 {
+        proposals.push(leader.group.propose(term, batch(payload)).await.unwrap());
+    }
+    for (offset, proposal) in proposals.into_iter().enumerate() {
+        assert_eq!(timeout(PATIENCE, proposal).await.unwrap().unwrap().base_offset, Offset(offset as u64));
+    }
+    assert_eq!(payloads(&leader.group), (1..=200).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_and_a_past_term_are_refused_before_anything_is_written() {
+    let cluster = Cluster::start(3).await;
+    cluster.publish(1).await;
+    let (leader_id, leader) = cluster.leader().await;
+    let status = leader.group.status();
+    let follower = cluster.node(leader_id % 3 + 1);
+    let proposal = follower.group.propose(status.term, batch(2)).await.unwrap();
+    assert!(matches!(proposal.await, Err(ProposeError::NotLeader { .. })));
+    let past = arqon_proto::Term(status.term.0 - 1);
+    let proposal = leader.group.propose(past, batch(3)).await.unwrap();
+    assert!(matches!(proposal.await, Err(ProposeError::NotLeader { .. })));
+    let applied = cluster.publish(4).await;
+    assert_eq!(applied.base_offset, Offset(1), "nothing in between was written");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leadership_moves_where_it_is_asked_to() {
+    let cluster = Cluster::start(3).await;
+    cluster.publish(1).await;
+    let (from, leader) = cluster.leader().await;
+    let to = from % 3 + 1;
+    leader.group.transfer_leader(NodeId(to)).await.unwrap();
+    let mut watch = cluster.node(to).group.watch();
+    timeout(PATIENCE, watch.wait_for(|status| status.ready)).await.expect("taken over in time").unwrap();
+    cluster.publish(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_confirms_itself_and_reads_what_was_acknowledged() {
+    let mut cluster = Cluster::start(3).await;
+    let applied = cluster.publish(1).await;
+    let (id, leader) = cluster.leader().await;
+    leader.group.confirm_leader().await.unwrap();
+    assert!(leader.group.readable().borrow().index >= Some(applied.position.index));
+    let follower = cluster.node(id % 3 + 1);
+    assert!(matches!(follower.group.confirm_leader().await, Err(ProposeError::NotLeader { .. })));
+    // Alone it may not claim to lead.
+    let group = leader.group.clone();
+    for other in (1..=3).filter(|other| *other != id) {
+        cluster.stop(other).await;
+    }
+    assert!(timeout(PATIENCE, group.confirm_leader()).await.unwrap_or(Err(ProposeError::Overloaded)).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_answer_each_others_requests() {
+    let cluster = Cluster::start(2).await;
+    let handler: arqon_raft::ForwardHandler = Arc::new(|from, kind, body| {
+        Box::pin(async move {
+            if kind == "fail" {
+                return Err("no".to_owned());
+            }
+            Ok(Bytes::from(format!("{from} {kind} {}", body.len())))
+        })
+    });
+    cluster.node(2).host.on_forward(handler);
+    let answer = async |kind: &str| cluster.node(1).host.forward(NodeId(2), kind, Bytes::from_static(b"abc")).await;
+    assert_eq!(answer("echo").await.unwrap(), "1 echo 3");
+    assert_eq!(answer("fail").await.unwrap_err().to_string(), "no");
+    assert!(cluster.node(1).host.peer_reachable(NodeId(2)));
+}
+
+fn damage_vote(dir: &Path) {
+    let mut found = 0;
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path.file_name().unwrap().to_str().unwrap().contains("vote") {
+                let mut bytes = std::fs::read(&path).unwrap();
+                bytes.iter_mut().for_each(|byte| *byte ^= 0x55);
+                std::fs::write(&path, bytes).unwrap();
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 0, "there is a vote to damage");
+}
+
+/// A replica that lost its vote could vote twice in a term: it must not take part at all, and the
+/// others must go on without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_without_its_vote_is_quarantined_and_the_others_go_on() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.publish(1).await;
+    cluster.stop(3).await;
+    damage_vote(&cluster.data(3));
+    let bound = listener(&cluster.addresses[2].1).await;
+    let error = cluster.open(3, bound).await.err().expect("it must not open");
+    assert!(matches!(error, OpenError::Quarantined { .. }), "{error}");
+    cluster.publish(2).await;
+    let last = cluster.publish(3).await;
+    cluster.converge(last.position.index).await;
+}
+
+#[test]
+fn control_entries_take_no_offsets() {
+    let control = Batch::internal(BatchKind::Control, Bytes::from_static(b"x"));
+    assert_eq!(control.header.record_count, 0);
+    assert_eq!(control.header.next_offset(), control.header.base_offset);
+}
