@@ -1,0 +1,210 @@
+//! The two carriers of frames: a TCP stream, or one binary WebSocket message per frame.
+
+use std::{io::IoSlice, time::Duration};
+
+use arqon_proto::{FRAME_PREFIX_SIZE, decode_frame, encode_frame, frame_size, limits, wire};
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::{
+    SinkExt, StreamExt,
+    stream::{SplitSink, SplitStream},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    time::timeout,
+};
+use tokio_tungstenite::{
+    MaybeTlsStream, WebSocketStream, connect_async_with_config,
+    tungstenite::{self, Message, client::IntoClientRequest, http::HeaderValue, protocol::WebSocketConfig},
+};
+use wire::{ErrorCode, frame::Body};
+
+use crate::{Error, Options, options::Address};
+
+const READ_SIZE: usize = 64 << 10;
+const SLICE_COUNT_MAX: usize = 64;
+const SUBPROTOCOL: &str = "arqonbus.v1";
+
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// The receiving half of a connection.
+pub(crate) enum FrameReader {
+    Tcp(OwnedReadHalf, BytesMut),
+    WebSocket(SplitStream<Socket>),
+}
+
+/// The sending half of a connection.
+pub(crate) enum FrameWriter {
+    Tcp(OwnedWriteHalf),
+    WebSocket(SplitSink<Socket, Message>),
+}
+
+impl FrameReader {
+    /// The next whole frame, or why there is none any more.
+    pub(crate) async fn next(&mut self) -> Result<Bytes, String> {
+        match self {
+            Self::Tcp(stream, buffer) => loop {
+                let missing = match frame_size(buffer).map_err(|error| error.to_string())? {
+                    Some(size) if buffer.len() >= size => return Ok(buffer.split_to(size).freeze()),
+                    Some(size) => size - buffer.len(),
+                    None => FRAME_PREFIX_SIZE,
+                };
+                buffer.reserve(missing.max(READ_SIZE));
+                if stream.read_buf(buffer).await.map_err(|error| error.to_string())? == 0 {
+                    return Err("the server closed it".to_owned());
+                }
+            },
+            Self::WebSocket(stream) => loop {
+                match stream.next().await {
+                    Some(Ok(Message::Binary(frame))) => return Ok(frame),
+                    Some(Ok(Message::Close(Some(close)))) => {
+                        return Err(format!("closed with code {}: {}", u16::from(close.code), close.reason));
+                    }
+                    Some(Ok(Message::Text(_))) => return Err("the server sent text".to_owned()),
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => return Err(error.to_string()),
+                    None => return Err("the server closed it".to_owned()),
+                }
+            },
+        }
+    }
+}
+
+impl FrameWriter {
+    /// Writes whole frames, each given as its pieces, and flushes.
+    pub(crate) async fn write(&mut self, frames: Vec<Vec<Bytes>>) -> Result<(), String> {
+        match self {
+            Self::Tcp(stream) => {
+                let pieces = frames.into_iter().flatten().filter(|piece| !piece.is_empty()).collect();
+                write_pieces(stream, pieces).await.map_err(|error| error.to_string())
+            }
+            Self::WebSocket(sink) => {
+                for pieces in frames {
+                    let message = Message::Binary(join(pieces));
+                    sink.feed(message).await.map_err(|error| error.to_string())?;
+                }
+                sink.flush().await.map_err(|error| error.to_string())
+            }
+        }
+    }
+
+    /// Says goodbye, as far as the carrier has a word for it.
+    pub(crate) async fn close(&mut self) {
+        // The other side may be gone already: there is nothing left to do about it.
+        let _ = match self {
+            Self::Tcp(stream) => stream.shutdown().await.map_err(|error| error.to_string()),
+            Self::WebSocket(sink) => sink.close().await.map_err(|error| error.to_string()),
+        };
+    }
+}
+
+fn join(mut pieces: Vec<Bytes>) -> Bytes {
+    if pieces.len() == 1 {
+        return pieces.remove(0);
+    }
+    let mut out = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
+    for piece in &pieces {
+        out.extend_from_slice(piece);
+    }
+    out.freeze()
+}
+
+async fn write_pieces(stream: &mut OwnedWriteHalf, mut pieces: Vec<Bytes>) -> std::io::Result<()> {
+    let mut first = 0;
+    while first < pieces.len() {
+        let slices: Vec<IoSlice<'_>> =
+            pieces[first..].iter().take(SLICE_COUNT_MAX).map(|piece| IoSlice::new(piece)).collect();
+        let mut written = stream.write_vectored(&slices).await?;
+        if written == 0 {
+            return Err(std::io::ErrorKind::WriteZero.into());
+        }
+        while written > 0 {
+            let step = written.min(pieces[first].len());
+            pieces[first].advance(step);
+            written -= step;
+            first += usize::from(pieces[first].is_empty());
+        }
+    }
+    Ok(())
+}
+
+/// Connects to `address` and shakes hands.
+///
+/// # Errors
+/// `Error::Server` when the server refuses the client, else `Error::Unreachable`.
+pub(crate) async fn dial(
+    address: &Address,
+    options: &Options,
+) -> Result<(FrameReader, FrameWriter, wire::Welcome), Error> {
+    let unreachable = |reason: String| Error::Unreachable { servers: address.to_string(), reason };
+    let attempt = async {
+        let (mut reader, mut writer) = match address {
+            Address::Tcp(host) => open_tcp(host).await.map_err(unreachable)?,
+            Address::WebSocket(url) => open_websocket(url, options).await?,
+        };
+        let hello = wire::Hello {
+            version: 1,
+            // On WebSocket the token came with the handshake.
+            token: if address.is_websocket() { String::new() } else { options.token.clone() },
+            client: options.client_name.clone(),
+            credit_bytes: 0,
+        };
+        let frame = wire::Frame { request_id: 0, body: Some(Body::Hello(hello)) };
+        let frame = encode_frame(&frame, 0).map_err(|_| Error::invalid("token", "is too long"))?;
+        writer.write(vec![vec![frame]]).await.map_err(unreachable)?;
+        let answer = reader.next().await.map_err(unreachable)?;
+        let (answer, _) = decode_frame::<wire::Frame>(answer)
+            .map_err(|source| Error::BadData { server: address.to_string(), source })?;
+        match answer.body {
+            Some(Body::Welcome(welcome)) => Ok((reader, writer, welcome)),
+            Some(Body::Error(error)) => Err(error.into()),
+            _ => Err(Error::unexpected(address.as_str())),
+        }
+    };
+    timeout(options.connect_timeout, attempt)
+        .await
+        .unwrap_or_else(|_| Err(unreachable(format!("no handshake within {}", seconds(options.connect_timeout)))))
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{} s", time.as_secs_f32())
+}
+
+async fn open_tcp(host: &str) -> Result<(FrameReader, FrameWriter), String> {
+    let stream = TcpStream::connect(host).await.map_err(|error| error.to_string())?;
+    stream.set_nodelay(true).map_err(|error| error.to_string())?;
+    let (read, write) = stream.into_split();
+    Ok((FrameReader::Tcp(read, BytesMut::new()), FrameWriter::Tcp(write)))
+}
+
+async fn open_websocket(url: &str, options: &Options) -> Result<(FrameReader, FrameWriter), Error> {
+    let unreachable = |reason: String| Error::Unreachable { servers: url.to_owned(), reason };
+    let mut request = url.into_client_request().map_err(|error| Error::invalid("servers", error.to_string()))?;
+    let bearer = HeaderValue::from_str(&format!("Bearer {}", options.token))
+        .map_err(|_| Error::invalid("token", "has characters that no token has"))?;
+    request.headers_mut().insert("authorization", bearer);
+    request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static(SUBPROTOCOL));
+    let config = WebSocketConfig::default()
+        .max_message_size(Some(limits::FRAME_SIZE_MAX))
+        .max_frame_size(Some(limits::FRAME_SIZE_MAX));
+    match connect_async_with_config(request, Some(config), true).await {
+        Ok((socket, _)) => {
+            let (sink, stream) = socket.split();
+            Ok((FrameReader::WebSocket(stream), FrameWriter::WebSocket(sink)))
+        }
+        Err(tungstenite::Error::Http(response)) => {
+            let status = response.status();
+            let text = response.body().as_deref().map(|body| String::from_utf8_lossy(body).trim().to_owned());
+            let reason = text.filter(|text| !text.is_empty()).unwrap_or_else(|| status.to_string());
+            match status.as_u16() {
+                401 => Err(Error::server(ErrorCode::AuthenticationFailed, reason)),
+                403 => Err(Error::server(ErrorCode::AuthorizationDenied, reason)),
+                _ => Err(unreachable(format!("refused with {status}: {reason}"))),
+            }
+        }
+        Err(error) => Err(unreachable(error.to_string())),
+    }
+}

@@ -1,0 +1,31 @@
+//! Every bound of the client, in one place. Sizes in bytes.
+
+use std::time::Duration;
+
+/// Frames queued for one connection and not yet written; a sender waits for room above it.
+pub const OUTGOING_SIZE_MAX: usize = 32 << 20;
+/// Requests without an answer on one connection.
+pub const REQUEST_COUNT_MAX: usize = arqon_proto::limits::CONNECTION_REQUEST_COUNT_MAX / 2;
+/// One write to a socket gathers frames up to this size.
+pub const WRITE_SIZE_MAX: usize = 1 << 20;
+/// Topics whose leaders are remembered; the memory starts anew above it.
+pub const TOPIC_COUNT_MAX: usize = 1_024;
+/// Server addresses whose connections or failures are remembered.
+pub const ADDRESS_COUNT_MAX: usize = 1_024;
+/// Batches that a producer may have unanswered per partition: the Spine remembers the offsets
+/// of as many, so that a resent batch always learns where it stands.
+pub const IN_FLIGHT_COUNT_MAX: usize = arqon_proto::limits::PRODUCER_BATCH_COUNT;
+/// Produces handed in as finished batches that may be unanswered per partition.
+pub const LANE_WINDOW: usize = 128;
+/// Produces that wait for a place in the lane's window.
+pub const LANE_QUEUE: usize = 128;
+/// A lane without work for this long ends.
+pub const LANE_IDLE: Duration = Duration::from_secs(30);
+/// Events queued for one partition of a producer, besides the bound in bytes.
+pub const EVENT_QUEUE: usize = 8_192;
+/// Longest linger of a producer.
+pub const LINGER_MAX: Duration = Duration::from_millis(5);
+/// Jobs that one worker may hold.
+pub const PARALLELISM_MAX: usize = 10_000;
+/// Redirections (`NOT_LEADER` naming a leader) that are followed without a pause.
+pub const REDIRECT_COUNT_MAX: u32 = 3;
