@@ -1,0 +1,146 @@
+//! The few operations that the log needs of a disk.
+//!
+//! Paths are relative to the data directory, with `/` between parts. Every operation may be
+//! called from any thread. What counts as durable: the bytes of a file after [`File::sync`],
+//! and the names in a directory after [`Disk::sync_dir`] of it.
+
+pub(crate) mod faulty;
+pub(crate) mod memory;
+pub(crate) mod real;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+/// One data directory.
+pub trait Disk: Send + Sync + 'static {
+    /// What error messages call this disk: a path, usually.
+    fn name(&self) -> String;
+
+    /// Takes the directory for this handle until it is dropped.
+    ///
+    /// # Errors
+    /// `WouldBlock` when another handle has it.
+    fn lock(&self, path: &str) -> io::Result<()>;
+
+    /// Opens a file that exists, for reading and writing.
+    ///
+    /// # Errors
+    /// `NotFound`, or a failure of the disk.
+    fn open(&self, path: &str) -> io::Result<Arc<dyn File>>;
+
+    /// Creates a file, or empties the one that is there.
+    ///
+    /// # Errors
+    /// A failure of the disk.
+    fn create(&self, path: &str) -> io::Result<Arc<dyn File>>;
+
+    /// Renames a file or directory within its directory, replacing a file of the new name.
+    ///
+    /// # Errors
+    /// A failure of the disk.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// `NotFound`, or a failure of the disk.
+    fn remove(&self, path: &str) -> io::Result<()>;
+
+    /// Creates a directory; fine when it is there.
+    ///
+    /// # Errors
+    /// A failure of the disk.
+    fn create_dir(&self, path: &str) -> io::Result<()>;
+
+    /// Removes an empty directory.
+    ///
+    /// # Errors
+    /// A failure of the disk.
+    fn remove_dir(&self, path: &str) -> io::Result<()>;
+
+    /// Makes the names in a directory durable.
+    ///
+    /// # Errors
+    /// A failure of the disk.
+    fn sync_dir(&self, path: &str) -> io::Result<()>;
+
+    /// The names in a directory, sorted.
+    ///
+    /// # Errors
+    /// `NotFound`, or a failure of the disk.
+    fn list(&self, path: &str) -> io::Result<Vec<String>>;
+}
+
+/// One open file.
+pub trait File: Send + Sync {
+    /// Writes all `pieces` one after the other from byte `at`; the file grows as needed.
+    ///
+    /// # Errors
+    /// A failure of the disk; an unknown part may have been written.
+    fn write_at(&self, pieces: &[Bytes], at: u64) -> io::Result<()>;
+
+    /// Makes all bytes written so far, and the size, durable (fdatasync).
+    ///
+    /// # Errors
+    /// A failure of the disk. It must not be tried again: the system may have dropped the
+    /// bytes and report success the second time.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Reads into `buffer` from byte `at`, as far as the file goes; says how many bytes.
+    ///
+    /// # Errors
+    /// A failure of the disk.
+    fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize>;
+
+    /// Size in bytes.
+    ///
+    /// # Errors
+    /// A failure of the disk.
+    fn size(&self) -> io::Result<u64>;
+
+    /// `size` bytes from byte `at`, without copying where the disk can. `capacity` is the size
+    /// that the file will never pass. The bytes must never be written again.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` when the file is shorter, or a failure of the disk.
+    fn view(&self, at: u64, size: usize, capacity: u64) -> io::Result<Bytes>;
+
+    /// The descriptor, where io_uring may use it.
+    fn descriptor(&self) -> Option<RawFd> {
+        None
+    }
+}
+
+/// Joins a directory and a name.
+pub(crate) fn join(dir: &str, name: &str) -> String {
+    format!("{dir}/{name}")
+}
+
+/// Replaces a small file as a whole: after this returns it is durable, before it the old one stands.
+pub(crate) fn replace(disk: &dyn Disk, dir: &str, name: &str, bytes: Vec<u8>) -> io::Result<()> {
+    let (path, fresh) = (join(dir, name), join(dir, &format!("{name}.tmp")));
+    let file = disk.create(&fresh)?;
+    file.write_at(&[Bytes::from(bytes)], 0)?;
+    file.sync()?;
+    disk.rename(&fresh, &path)?;
+    disk.sync_dir(dir)
+}
+
+/// The whole of a small file, at most `size_max` bytes.
+pub(crate) fn read_all(disk: &dyn Disk, path: &str, size_max: usize) -> io::Result<Vec<u8>> {
+    let file = disk.open(path)?;
+    let size = usize::try_from(file.size()?).unwrap_or(usize::MAX);
+    if size > size_max {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{path} has {size} bytes, at most {size_max} make sense"),
+        ));
+    }
+    let mut bytes = vec![0; size];
+    let read = file.read_at(&mut bytes, 0)?;
+    bytes.truncate(read);
+    Ok(bytes)
+}

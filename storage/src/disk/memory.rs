@@ -1,0 +1,387 @@
+//! A disk in memory that loses what was not synced, as a power cut does.
+//!
+//! Files keep the bytes of their last sync and the list of writes since; directories keep the
+//! names of their last sync and the list of changes since. [`MemoryDisk::cut`] decides by a
+//! seed, for each unsynced write and each unsynced change of a name on its own, whether it
+//! reached the disk, did not, or (writes only) reached it in some 512-byte sectors.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+
+use bytes::Bytes;
+
+use super::{Disk, File};
+
+const SECTOR_SIZE: usize = 512;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Node {
+    File(usize),
+    Dir(usize),
+}
+
+#[derive(Default)]
+struct FileData {
+    now: Vec<u8>,
+    durable: Vec<u8>,
+    unsynced: Vec<(u64, Vec<u8>)>,
+}
+
+#[derive(Default)]
+struct DirData {
+    now: BTreeMap<String, Node>,
+    durable: BTreeMap<String, Node>,
+    /// Names set or removed together since the last sync.
+    unsynced: Vec<Vec<(String, Option<Node>)>>,
+}
+
+#[derive(Default)]
+struct Contents {
+    files: Vec<FileData>,
+    dirs: Vec<DirData>,
+    locked: Weak<()>,
+    /// Counts changes of the disk: writes, syncs and names.
+    operation_count: u64,
+    power_off_at: Option<u64>,
+    /// Raised by a cut: handles of before it fail.
+    life: u64,
+}
+
+/// A disk in memory; clones share it. Every handle has one life, which ends with a cut.
+#[derive(Clone)]
+pub struct MemoryDisk {
+    contents: Arc<Mutex<Contents>>,
+    life: u64,
+    /// There while this handle or a clone of it has the lock.
+    lock: Arc<OnceLock<Arc<()>>>,
+}
+
+/// A small generator, so that a seed replays a cut exactly (splitmix64, Steele et al. 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+fn power_is_off() -> io::Error {
+    io::Error::other("the power of this disk is off")
+}
+
+fn not_found(path: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("{path} is not there"))
+}
+
+fn put(data: &mut Vec<u8>, at: u64, bytes: &[u8]) {
+    let at = usize::try_from(at).expect("files in memory are small");
+    if data.len() < at + bytes.len() {
+        data.resize(at + bytes.len(), 0);
+    }
+    data[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// Writes the sectors of a write that the seed lets through.
+fn put_torn(data: &mut Vec<u8>, at: u64, bytes: &[u8], random: &mut Random) {
+    let mut from = 0;
+    while from < bytes.len() {
+        let in_sector = (at as usize + from) % SECTOR_SIZE;
+        let to = (from + SECTOR_SIZE - in_sector).min(bytes.len());
+        if random.next().is_multiple_of(2) {
+            put(data, at + from as u64, &bytes[from..to]);
+        }
+        from = to;
+    }
+}
+
+impl Default for MemoryDisk {
+    fn default() -> Self {
+        let mut contents = Contents::default();
+        contents.dirs.push(DirData::default());
+        Self { contents: Arc::new(Mutex::new(contents)), life: 0, lock: Arc::default() }
+    }
+}
+
+impl MemoryDisk {
+    /// An empty disk.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn lock_contents(&self) -> MutexGuard<'_, Contents> {
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes made so far: each write, sync, and change of a name counts one.
+    #[must_use]
+    pub fn operation_count(&self) -> u64 {
+        self.lock_contents().operation_count
+    }
+
+    /// From change number `count` on, every operation fails and changes nothing.
+    pub fn power_off_at(&self, count: u64) {
+        self.lock_contents().power_off_at = Some(count);
+    }
+
+    /// Cuts the power and turns it on again: returns the disk as the seed says it was found.
+    /// All earlier handles and open files fail from now on.
+    #[must_use]
+    pub fn cut(&self, seed: u64) -> Self {
+        let mut random = Random(seed);
+        let mut contents = self.lock_contents();
+        for file in &mut contents.files {
+            let mut found = std::mem::take(&mut file.durable);
+            for (at, bytes) in std::mem::take(&mut file.unsynced) {
+                match random.next() % 3 {
+                    0 => {}
+                    1 => put(&mut found, at, &bytes),
+                    _ => put_torn(&mut found, at, &bytes, &mut random),
+                }
+            }
+            file.now.clone_from(&found);
+            file.durable = found;
+        }
+        for dir in &mut contents.dirs {
+            let mut found = std::mem::take(&mut dir.durable);
+            for change in std::mem::take(&mut dir.unsynced) {
+                if random.next().is_multiple_of(2) {
+                    apply(&mut found, &change);
+                }
+            }
+            dir.now.clone_from(&found);
+            dir.durable = found;
+        }
+        contents.life += 1;
+        contents.locked = Weak::new();
+        contents.power_off_at = None;
+        Self { contents: Arc::clone(&self.contents), life: contents.life, lock: Arc::default() }
+    }
+
+    /// The disk as another process sees it: same files, a lock of its own.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        Self { lock: Arc::default(), ..self.clone() }
+    }
+
+    /// The bytes of a file now, for tests that damage them.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn bytes(&self, path: &str) -> io::Result<Vec<u8>> {
+        let contents = self.lock_contents();
+        let file = contents.file(path)?;
+        Ok(contents.files[file].now.clone())
+    }
+
+    /// Replaces the bytes of a file, durably, without counting as an operation.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn set_bytes(&self, path: &str, bytes: &[u8]) -> io::Result<()> {
+        let mut contents = self.lock_contents();
+        let file = contents.file(path)?;
+        contents.files[file] = FileData { now: bytes.to_vec(), durable: bytes.to_vec(), unsynced: Vec::new() };
+        Ok(())
+    }
+
+    fn change(&self) -> io::Result<MutexGuard<'_, Contents>> {
+        let mut contents = self.lock_contents();
+        contents.check(self.life)?;
+        contents.operation_count += 1;
+        Ok(contents)
+    }
+
+    fn change_names(&self, dir: &str, changes: Vec<(String, Option<Node>)>, contents: &mut Contents) -> io::Result<()> {
+        let dir = contents.dir(dir)?;
+        apply(&mut contents.dirs[dir].now, &changes);
+        contents.dirs[dir].unsynced.push(changes);
+        Ok(())
+    }
+
+    fn file_at(&self, file: usize) -> Arc<dyn File> {
+        Arc::new(MemoryFile { disk: self.clone(), file })
+    }
+}
+
+fn apply(names: &mut BTreeMap<String, Node>, changes: &[(String, Option<Node>)]) {
+    for (name, node) in changes {
+        match node {
+            Some(node) => names.insert(name.clone(), *node),
+            None => names.remove(name),
+        };
+    }
+}
+
+fn split(path: &str) -> (&str, &str) {
+    path.rsplit_once('/').unwrap_or(("", path))
+}
+
+impl Contents {
+    fn check(&self, life: u64) -> io::Result<()> {
+        if life != self.life || self.power_off_at.is_some_and(|at| self.operation_count >= at) {
+            return Err(power_is_off());
+        }
+        Ok(())
+    }
+
+    fn dir(&self, path: &str) -> io::Result<usize> {
+        let mut at = 0;
+        for part in path.split('/').filter(|part| !part.is_empty() && *part != ".") {
+            match self.dirs[at].now.get(part) {
+                Some(Node::Dir(dir)) => at = *dir,
+                _ => return Err(not_found(path)),
+            }
+        }
+        Ok(at)
+    }
+
+    fn node(&self, path: &str) -> io::Result<Node> {
+        let (dir, name) = split(path);
+        self.dirs[self.dir(dir)?].now.get(name).copied().ok_or_else(|| not_found(path))
+    }
+
+    fn file(&self, path: &str) -> io::Result<usize> {
+        match self.node(path)? {
+            Node::File(file) => Ok(file),
+            Node::Dir(_) => Err(io::ErrorKind::IsADirectory.into()),
+        }
+    }
+}
+
+impl Disk for MemoryDisk {
+    fn name(&self) -> String {
+        "memory".to_owned()
+    }
+
+    fn lock(&self, _path: &str) -> io::Result<()> {
+        let mut contents = self.lock_contents();
+        contents.check(self.life)?;
+        if contents.locked.strong_count() > 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        contents.locked = Arc::downgrade(self.lock.get_or_init(Arc::default));
+        Ok(())
+    }
+
+    fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
+        let contents = self.lock_contents();
+        contents.check(self.life)?;
+        Ok(self.file_at(contents.file(path)?))
+    }
+
+    fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
+        let mut contents = self.change()?;
+        let (dir, name) = split(path);
+        contents.files.push(FileData::default());
+        let file = contents.files.len() - 1;
+        self.change_names(dir, vec![(name.to_owned(), Some(Node::File(file)))], &mut contents)?;
+        Ok(self.file_at(file))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let mut contents = self.change()?;
+        let node = contents.node(from)?;
+        let ((dir, old), (to_dir, new)) = (split(from), split(to));
+        assert_eq!(dir, to_dir, "names change within one directory");
+        self.change_names(dir, vec![(old.to_owned(), None), (new.to_owned(), Some(node))], &mut contents)
+    }
+
+    fn remove(&self, path: &str) -> io::Result<()> {
+        let mut contents = self.change()?;
+        contents.file(path)?;
+        let (dir, name) = split(path);
+        self.change_names(dir, vec![(name.to_owned(), None)], &mut contents)
+    }
+
+    fn create_dir(&self, path: &str) -> io::Result<()> {
+        let mut contents = self.change()?;
+        if contents.dir(path).is_ok() {
+            return Ok(());
+        }
+        let (dir, name) = split(path);
+        contents.dirs.push(DirData::default());
+        let node = Node::Dir(contents.dirs.len() - 1);
+        self.change_names(dir, vec![(name.to_owned(), Some(node))], &mut contents)
+    }
+
+    fn remove_dir(&self, path: &str) -> io::Result<()> {
+        let mut contents = self.change()?;
+        let found = contents.dir(path)?;
+        if !contents.dirs[found].now.is_empty() {
+            return Err(io::ErrorKind::DirectoryNotEmpty.into());
+        }
+        let (dir, name) = split(path);
+        self.change_names(dir, vec![(name.to_owned(), None)], &mut contents)
+    }
+
+    fn sync_dir(&self, path: &str) -> io::Result<()> {
+        let mut contents = self.change()?;
+        let found = contents.dir(path)?;
+        let dir = &mut contents.dirs[found];
+        dir.durable.clone_from(&dir.now);
+        dir.unsynced.clear();
+        Ok(())
+    }
+
+    fn list(&self, path: &str) -> io::Result<Vec<String>> {
+        let contents = self.lock_contents();
+        contents.check(self.life)?;
+        let dir = contents.dir(path)?;
+        Ok(contents.dirs[dir].now.keys().cloned().collect())
+    }
+}
+
+struct MemoryFile {
+    disk: MemoryDisk,
+    file: usize,
+}
+
+impl File for MemoryFile {
+    fn write_at(&self, pieces: &[Bytes], at: u64) -> io::Result<()> {
+        let bytes = pieces.concat();
+        let mut contents = self.disk.change()?;
+        let file = &mut contents.files[self.file];
+        put(&mut file.now, at, &bytes);
+        file.unsynced.push((at, bytes));
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut contents = self.disk.change()?;
+        let file = &mut contents.files[self.file];
+        for (at, bytes) in std::mem::take(&mut file.unsynced) {
+            put(&mut file.durable, at, &bytes);
+        }
+        Ok(())
+    }
+
+    fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+        let contents = self.disk.lock_contents();
+        contents.check(self.disk.life)?;
+        let data = &contents.files[self.file].now;
+        let from = usize::try_from(at).unwrap_or(usize::MAX).min(data.len());
+        let size = buffer.len().min(data.len() - from);
+        buffer[..size].copy_from_slice(&data[from..from + size]);
+        Ok(size)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        let contents = self.disk.lock_contents();
+        contents.check(self.disk.life)?;
+        Ok(contents.files[self.file].now.len() as u64)
+    }
+
+    fn view(&self, at: u64, size: usize, _capacity: u64) -> io::Result<Bytes> {
+        let mut bytes = vec![0; size];
+        if self.read_at(&mut bytes, at)? < size {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(bytes.into())
+    }
+}

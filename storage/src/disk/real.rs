@@ -1,0 +1,177 @@
+//! Files of the operating system. Reads are maps of the page cache, shared with the writer.
+
+use std::fs;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use bytes::Bytes;
+use rustix::fs::{FlockOperation, flock};
+
+use super::{Disk, File};
+
+/// Slices that one pwritev takes.
+const SLICE_COUNT_MAX: usize = 512;
+
+/// A directory of the file system.
+pub struct RealDisk {
+    root: PathBuf,
+    read_only: bool,
+    lock: Mutex<Option<fs::File>>,
+}
+
+impl RealDisk {
+    /// The directory `root`, which is created when it is not there.
+    ///
+    /// # Errors
+    /// The directory cannot be created.
+    pub fn create(root: &Path) -> io::Result<Self> {
+        fs::create_dir_all(root)?;
+        Ok(Self { root: root.to_owned(), read_only: false, lock: Mutex::new(None) })
+    }
+
+    /// The directory `root` as it is; every change of it fails.
+    #[must_use]
+    pub fn read_only(root: &Path) -> Self {
+        Self { root: root.to_owned(), read_only: true, lock: Mutex::new(None) }
+    }
+
+    fn change(&self, path: &str) -> io::Result<PathBuf> {
+        if self.read_only {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        Ok(self.root.join(path))
+    }
+}
+
+impl Disk for RealDisk {
+    fn name(&self) -> String {
+        self.root.display().to_string()
+    }
+
+    fn lock(&self, path: &str) -> io::Result<()> {
+        let file = fs::File::options().create(true).truncate(false).write(true).open(self.change(path)?)?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        Ok(())
+    }
+
+    fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
+        let file = fs::File::options().read(true).write(!self.read_only).open(self.root.join(path))?;
+        Ok(Arc::new(RealFile { file, map: OnceLock::new() }))
+    }
+
+    fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
+        let path = self.change(path)?;
+        let file = fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+        Ok(Arc::new(RealFile { file, map: OnceLock::new() }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.change(from)?, self.change(to)?)
+    }
+
+    fn remove(&self, path: &str) -> io::Result<()> {
+        fs::remove_file(self.change(path)?)
+    }
+
+    fn create_dir(&self, path: &str) -> io::Result<()> {
+        fs::create_dir_all(self.change(path)?)
+    }
+
+    fn remove_dir(&self, path: &str) -> io::Result<()> {
+        fs::remove_dir(self.change(path)?)
+    }
+
+    fn sync_dir(&self, path: &str) -> io::Result<()> {
+        fs::File::open(self.root.join(path))?.sync_all()
+    }
+
+    fn list(&self, path: &str) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(self.root.join(path))? {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok(names)
+    }
+}
+
+struct RealFile {
+    file: fs::File,
+    /// The whole capacity of the file; every view counts as a user of it.
+    map: OnceLock<Bytes>,
+}
+
+impl RealFile {
+    fn map(&self, capacity: u64) -> io::Result<&Bytes> {
+        if let Some(map) = self.map.get() {
+            return Ok(map);
+        }
+        let size = usize::try_from(capacity).map_err(io::Error::other)?;
+        // SAFETY: the file is never shrunk, and `view` hands out only ranges that lie inside the
+        // file at that time. Such a range holds bytes that are never written again (the contract
+        // of `view`: batches are written once, a cut moves to a new file), so the memory behind a
+        // shared slice does not change. Memory past the end of the file is never read. Another
+        // program that shrinks or rewrites a locked data directory is outside the promise.
+        let map = unsafe { memmap2::MmapOptions::new().len(size).map(&self.file)? };
+        Ok(self.map.get_or_init(|| Bytes::from_owner(map)))
+    }
+}
+
+impl File for RealFile {
+    fn write_at(&self, pieces: &[Bytes], mut at: u64) -> io::Result<()> {
+        let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        let mut rest = &mut slices[..];
+        IoSlice::advance_slices(&mut rest, 0);
+        while !rest.is_empty() {
+            let count = rest.len().min(SLICE_COUNT_MAX);
+            let written = match rustix::io::pwritev(&self.file, &rest[..count], at) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => written,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            at += written as u64;
+            IoSlice::advance_slices(&mut rest, written);
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match self.file.read_at(&mut buffer[filled..], at + filled as u64) {
+                Ok(0) => break,
+                Ok(read) => filled += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(filled)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn view(&self, at: u64, size: usize, capacity: u64) -> io::Result<Bytes> {
+        let end = at + size as u64;
+        // A file that somebody cut short must give an error, not a fault of the process.
+        if end > capacity || end > self.size()? {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let at = usize::try_from(at).map_err(io::Error::other)?;
+        Ok(self.map(capacity)?.slice(at..at + size))
+    }
+
+    fn descriptor(&self) -> Option<RawFd> {
+        Some(self.file.as_raw_fd())
+    }
+}

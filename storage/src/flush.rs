@@ -1,0 +1,480 @@
+//! What the engine does to the disk for one log, one operation at a time and in order.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use arqon_proto::{BATCH_HEADER_SIZE, Batch, Offset};
+use bytes::{Bytes, BytesMut};
+use tokio::sync::oneshot;
+
+use crate::checkpoint::{self, CheckpointKind};
+use crate::disk::{self, Disk};
+use crate::layout::{MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, VOTE_FILE, What, seal};
+use crate::log::{LogCore, OnFlushed, State};
+use crate::metrics;
+use crate::position::{LogPosition, index_after};
+use crate::segment::Segment;
+
+/// Parts below this size are copied together, larger ones are written from where they are.
+const COPY_SIZE_MAX: usize = 16 << 10;
+/// Copied parts are split at this size.
+const CHUNK_SIZE: usize = 1 << 20;
+
+/// Whoever waits for an operation.
+pub(crate) struct Done(oneshot::Sender<io::Result<()>>);
+
+impl Done {
+    pub fn new(sender: oneshot::Sender<io::Result<()>>) -> Self {
+        Self(sender)
+    }
+
+    pub fn send(self, result: io::Result<()>) {
+        // The caller may have gone; the operation stands.
+        let _ = self.0.send(result);
+    }
+}
+
+/// One step of a log, in the order in which the log was changed in memory.
+pub(crate) enum Op {
+    /// Create this segment.
+    Roll(Arc<Segment>),
+    Append(Group),
+    /// Only tell that everything before is durable.
+    Barrier(OnFlushed),
+    /// End `segment` at `sealed_at`, remove the later ones.
+    Truncate {
+        segment: Arc<Segment>,
+        sealed_at: u64,
+        removed: Vec<Arc<Segment>>,
+        keep: Option<LogPosition>,
+        chain: u64,
+        done: Done,
+    },
+    /// Raise the log start.
+    Purge {
+        position: LogPosition,
+        start_chain: u64,
+        start_offset: Offset,
+        removed: Vec<Arc<Segment>>,
+        done: Done,
+    },
+    /// Make the log empty behind `purged`.
+    Restart {
+        generation: u64,
+        purged: Option<LogPosition>,
+        start_chain: u64,
+        start_offset: Offset,
+        removed: Vec<Arc<Segment>>,
+        checkpoints: Vec<(CheckpointKind, Bytes)>,
+        done: Done,
+    },
+    Vote {
+        vote: Bytes,
+        done: Done,
+    },
+    /// Sync the durable mark.
+    Mark(Option<Done>),
+    /// Remove the log.
+    Delete(OnFlushed),
+}
+
+/// Entries that are written at once and made durable by one fdatasync.
+pub(crate) struct Group {
+    pub segment: Arc<Segment>,
+    pub at: u64,
+    pub size: usize,
+    pub callbacks: Vec<OnFlushed>,
+    entry_count: usize,
+    last: LogPosition,
+    chain: u64,
+    pieces: Vec<Bytes>,
+    open: BytesMut,
+    queued_at: Instant,
+}
+
+impl Group {
+    pub fn new(segment: Arc<Segment>, at: u64) -> Self {
+        Self {
+            segment,
+            at,
+            size: 0,
+            callbacks: Vec::new(),
+            entry_count: 0,
+            last: LogPosition::default(),
+            chain: 0,
+            pieces: Vec::new(),
+            open: BytesMut::new(),
+            queued_at: Instant::now(),
+        }
+    }
+
+    pub fn push(&mut self, header: &[u8; BATCH_HEADER_SIZE], batch: &Batch, position: LogPosition, chain: u64) {
+        self.open.extend_from_slice(header);
+        for part in [&batch.stamps, &batch.records] {
+            if part.len() <= COPY_SIZE_MAX {
+                self.open.extend_from_slice(part);
+            } else {
+                self.close_piece();
+                self.pieces.push(part.clone());
+            }
+        }
+        if self.open.len() >= CHUNK_SIZE {
+            self.close_piece();
+        }
+        self.size += batch.header.batch_size();
+        self.entry_count += 1;
+        self.last = position;
+        self.chain = chain;
+    }
+
+    fn close_piece(&mut self) {
+        if !self.open.is_empty() {
+            self.pieces.push(self.open.split().freeze());
+        }
+    }
+
+    /// Everything to write from `at` on.
+    pub fn pieces(&mut self) -> &[Bytes] {
+        self.close_piece();
+        &self.pieces
+    }
+
+    pub fn end(&self) -> u64 {
+        self.at + self.size as u64
+    }
+}
+
+/// What the operations of a log know of its files. Held by one thread at a time.
+pub(crate) struct LogIo {
+    pub manifest: Manifest,
+    pub mark: Mark,
+    /// Segment that holds the newest mark.
+    pub marked: Option<Arc<Segment>>,
+}
+
+impl LogIo {
+    fn save_manifest(&mut self, disk: &dyn Disk, dir: &str, manifest: Manifest) -> io::Result<()> {
+        disk::replace(disk, dir, MANIFEST_FILE, manifest.encode())?;
+        self.manifest = manifest;
+        Ok(())
+    }
+
+    /// Writes the next mark, without syncing it: it survives the end of the process, and the
+    /// next fdatasync of its segment carries it.
+    fn write_mark(&mut self, segment: &Arc<Segment>, mark: Mark) -> io::Result<()> {
+        segment.write_mark(&mark)?;
+        self.mark = mark;
+        self.marked = Some(Arc::clone(segment));
+        Ok(())
+    }
+
+    fn next_mark(&self, state: &State) -> Mark {
+        let committed = state.committed.max(self.mark.committed);
+        Mark { sequence: self.mark.sequence + 1, sealed_at: None, committed, ..self.mark.clone() }
+    }
+}
+
+fn call(callback: OnFlushed, result: io::Result<()>) {
+    // A callback that panics must not take the writes of all other logs with it.
+    if catch_unwind(AssertUnwindSafe(|| callback(result))).is_err() {
+        tracing::error!("a callback of an append panicked");
+    }
+}
+
+fn copy(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), error.to_string())
+}
+
+fn remove_segments(disk: &dyn Disk, dir: &str, segments: &[Arc<Segment>]) -> io::Result<()> {
+    for segment in segments {
+        match disk.remove(&segment.path()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    if segments.is_empty() { Ok(()) } else { disk.sync_dir(dir) }
+}
+
+impl LogCore {
+    /// Runs one operation on the calling thread.
+    pub fn run(self: &Arc<Self>, op: Op) {
+        match op {
+            Op::Append(mut group) => {
+                let started = Instant::now();
+                let result = self.write_group(&mut group);
+                self.finish_group(group, started, result);
+            }
+            Op::Barrier(callback) => call(callback, Ok(())),
+            Op::Roll(segment) => {
+                if let Err(error) = self.roll(&segment) {
+                    self.poison(&format!("creating {} failed: {error}", segment.path()));
+                }
+            }
+            Op::Truncate { segment, sealed_at, removed, keep, chain, done } => {
+                let result = self.truncate(&segment, sealed_at, &removed, keep, chain);
+                self.finish("truncation", done, result);
+            }
+            Op::Purge { position, start_chain, start_offset, removed, done } => {
+                let result = self.purge(position, start_chain, start_offset, &removed);
+                self.finish("purge", done, result);
+            }
+            Op::Restart { generation, purged, start_chain, start_offset, removed, checkpoints, done } => {
+                let result = self.restart_on_disk(generation, purged, start_chain, start_offset, &removed, checkpoints);
+                self.finish("restart of the log", done, result);
+            }
+            Op::Vote { vote, done } => {
+                let result = self.write_vote(vote);
+                self.finish("write of the vote", done, result);
+            }
+            Op::Mark(done) => {
+                let result = self.sync_mark();
+                match done {
+                    Some(done) => self.finish("sync of the durable mark", done, result),
+                    None => {
+                        if let Err(error) = result {
+                            self.poison(&format!("sync of the durable mark failed: {error}"));
+                        }
+                    }
+                }
+            }
+            Op::Delete(done) => {
+                self.lock().closed = true;
+                self.fail_queue("the log was deleted");
+                call(done, crate::store::delete_dir(self.engine.disk.as_ref(), self.group, self.replica));
+            }
+        }
+    }
+
+    fn finish(self: &Arc<Self>, what: &str, done: Done, result: io::Result<()>) {
+        if let Err(error) = &result {
+            self.poison(&format!("{what} failed: {error}"));
+        }
+        done.send(result);
+    }
+
+    fn write_group(&self, group: &mut Group) -> io::Result<()> {
+        group.segment.reserve(group.end(), true);
+        let (segment, at) = (Arc::clone(&group.segment), group.at);
+        let file = segment.file()?;
+        file.write_at(group.pieces(), at)?;
+        file.sync()
+    }
+
+    /// What follows the fdatasync of a group: the mark, then the callbacks.
+    pub fn finish_group(self: &Arc<Self>, group: Group, started: Instant, result: io::Result<()>) {
+        let engine = &self.engine;
+        let result = result.and_then(|()| self.mark_group(&group));
+        metrics::subtract(&engine.metrics.queue_depth, group.entry_count);
+        metrics::subtract(&engine.metrics.queue_size, group.size);
+        if let Err(error) = result {
+            self.lock().pending_size -= group.size;
+            let reason = format!("writing {} failed: {error}", group.segment.path());
+            self.close_for_writing(&reason);
+            for callback in group.callbacks {
+                call(callback, Err(copy(&error)));
+            }
+            self.fail_queue(&reason);
+            return;
+        }
+        let now = Instant::now();
+        engine.metrics.flush_latency.record(now - started);
+        engine.metrics.append_latency.record(now - group.queued_at);
+        metrics::add(&engine.metrics.flush_count, 1);
+        metrics::add(&engine.metrics.written_size, group.size);
+        {
+            let mut state = self.lock();
+            state.pending_size -= group.size;
+            state.flush_through(group.last, engine.options.recent_size_max);
+            state.mark_dirty = true;
+            state.flushed_at = Some(now);
+            engine.watch_mark(self, &mut state);
+            checkpoint::start_ready(self, &mut state);
+        }
+        if group.segment.wants_fill(group.end(), engine.options.fill_size) {
+            engine.request_fill(self, &group.segment);
+        }
+        for callback in group.callbacks {
+            call(callback, Ok(()));
+        }
+    }
+
+    fn mark_group(&self, group: &Group) -> io::Result<()> {
+        let mut io = self.lock_io();
+        let mark = Mark { next_index: group.last.index.0 + 1, chain: group.chain, ..io.next_mark(&self.lock()) };
+        io.write_mark(&group.segment, mark)
+    }
+
+    /// Creates a segment. Everything before it was flushed, which its first mark says; then the
+    /// manifest says that it must be there.
+    fn roll(&self, segment: &Arc<Segment>) -> io::Result<()> {
+        let engine = &self.engine;
+        let mut io = self.lock_io();
+        let base = segment.header.base_index;
+        let mark = Mark { next_index: base.0, chain: segment.header.chain, ..io.next_mark(&self.lock()) };
+        segment.create(engine.disk.as_ref(), &mark, engine.options.fill_size)?;
+        io.mark = mark;
+        if let Some(before) = io.marked.replace(Arc::clone(segment)) {
+            before.end_fill();
+        }
+        let manifest = Manifest { tail: Some(base), ..io.manifest.clone() };
+        io.save_manifest(engine.disk.as_ref(), &self.dir, manifest)?;
+        metrics::add(&engine.metrics.roll_count, 1);
+        Ok(())
+    }
+
+    /// The lowered mark makes the cut, in one block; it stands before any later segment goes.
+    fn truncate(
+        &self,
+        segment: &Arc<Segment>,
+        sealed_at: u64,
+        removed: &[Arc<Segment>],
+        keep: Option<LogPosition>,
+        chain: u64,
+    ) -> io::Result<()> {
+        let disk = self.engine.disk.as_ref();
+        segment.end_fill();
+        removed.iter().for_each(|segment| segment.end_fill());
+        let mut io = self.lock_io();
+        let mark = io.next_mark(&self.lock());
+        io.write_mark(segment, Mark { next_index: index_after(keep), chain, sealed_at: Some(sealed_at), ..mark })?;
+        segment.file()?.sync()?;
+        if !removed.is_empty() {
+            let manifest = Manifest { tail: Some(segment.header.base_index), ..io.manifest.clone() };
+            io.save_manifest(disk, &self.dir, manifest)?;
+            remove_segments(disk, &self.dir, removed)?;
+        }
+        self.cut_done(keep);
+        Ok(())
+    }
+
+    fn cut_done(&self, last: Option<LogPosition>) {
+        let mut state = self.lock();
+        state.cuts.pop_front();
+        state.flushed = last;
+    }
+
+    fn purge(
+        &self,
+        position: LogPosition,
+        start_chain: u64,
+        start_offset: Offset,
+        removed: &[Arc<Segment>],
+    ) -> io::Result<()> {
+        let disk = self.engine.disk.as_ref();
+        let mut io = self.lock_io();
+        let manifest = Manifest { purged: Some(position), start_chain, start_offset, ..io.manifest.clone() };
+        io.save_manifest(disk, &self.dir, manifest)?;
+        remove_segments(disk, &self.dir, removed)
+    }
+
+    fn restart_on_disk(
+        self: &Arc<Self>,
+        generation: u64,
+        purged: Option<LogPosition>,
+        start_chain: u64,
+        start_offset: Offset,
+        removed: &[Arc<Segment>],
+        checkpoints: Vec<(CheckpointKind, Bytes)>,
+    ) -> io::Result<()> {
+        let disk = self.engine.disk.as_ref();
+        for (kind, bytes) in checkpoints {
+            let position = purged.ok_or_else(|| io::Error::other("a checkpoint needs a position"))?;
+            checkpoint::write(self, kind, position, &bytes)?;
+        }
+        let mut io = self.lock_io();
+        let manifest = Manifest { generation, purged, start_chain, start_offset, tail: None, ..io.manifest.clone() };
+        io.save_manifest(disk, &self.dir, manifest)?;
+        io.mark = Mark { next_index: index_after(purged), chain: start_chain, ..io.mark.clone() };
+        io.marked = None;
+        remove_segments(disk, &self.dir, removed)?;
+        drop(io);
+        self.cut_done(purged);
+        checkpoint::prune(self)
+    }
+
+    fn write_vote(&self, vote: Bytes) -> io::Result<()> {
+        disk::replace(self.engine.disk.as_ref(), &self.dir, VOTE_FILE, encode_vote(Some(&vote)))?;
+        self.lock().vote = Some(vote);
+        metrics::add(&self.engine.metrics.vote_count, 1);
+        Ok(())
+    }
+
+    fn sync_mark(&self) -> io::Result<()> {
+        let mut io = self.lock_io();
+        let Some(segment) = io.marked.clone() else { return Ok(()) };
+        let mark = {
+            let mut state = self.lock();
+            if !std::mem::replace(&mut state.mark_dirty, false) {
+                return Ok(());
+            }
+            Mark { sealed_at: io.mark.sealed_at, ..io.next_mark(&state) }
+        };
+        if mark.committed != io.mark.committed {
+            io.write_mark(&segment, mark)?;
+        }
+        segment.file()?.sync()
+    }
+
+    /// Closes the log for writing for good: a failed sync may have dropped bytes that a second
+    /// one would call durable.
+    pub fn poison(self: &Arc<Self>, reason: &str) {
+        self.close_for_writing(reason);
+        self.fail_queue(reason);
+    }
+
+    fn close_for_writing(&self, reason: &str) {
+        {
+            let mut state = self.lock();
+            if state.poisoned.is_some() {
+                return;
+            }
+            state.poisoned = Some(reason.to_owned());
+        }
+        tracing::error!(group = self.group.0, replica = self.replica.0, "log is closed for writing: {reason}");
+        metrics::add(&self.engine.metrics.poisoned_count, 1);
+        // Left for the next start, where the disk lets us: see recovery.
+        let disk = self.engine.disk.as_ref();
+        let marker = disk.create(&disk::join(&self.dir, REWRITE_FILE)).and_then(|file| file.sync());
+        if let Err(error) = marker.and_then(|()| disk.sync_dir(&self.dir)) {
+            tracing::warn!("no marker of the failure could be left in {}: {error}", self.dir);
+        }
+    }
+
+    /// Answers everything that waits with an error.
+    pub fn fail_queue(self: &Arc<Self>, reason: &str) {
+        let (queue, checkpoints) = {
+            let mut state = self.lock();
+            (std::mem::take(&mut state.queue), std::mem::take(&mut state.checkpoints_waiting))
+        };
+        let error = || io::Error::other(reason.to_owned());
+        for op in queue {
+            match op {
+                Op::Append(group) => {
+                    self.lock().pending_size -= group.size;
+                    metrics::subtract(&self.engine.metrics.queue_depth, group.entry_count);
+                    metrics::subtract(&self.engine.metrics.queue_size, group.size);
+                    group.callbacks.into_iter().for_each(|callback| call(callback, Err(error())));
+                }
+                Op::Barrier(callback) | Op::Delete(callback) => call(callback, Err(error())),
+                Op::Truncate { done, .. }
+                | Op::Purge { done, .. }
+                | Op::Restart { done, .. }
+                | Op::Vote { done, .. }
+                | Op::Mark(Some(done)) => done.send(Err(error())),
+                Op::Roll(_) | Op::Mark(None) => {}
+            }
+        }
+        for write in checkpoints {
+            write.done.send(Err(error()));
+        }
+    }
+}
+
+/// The vote file: there from the creation of a log on, so that a missing one is damage.
+pub(crate) fn encode_vote(vote: Option<&Bytes>) -> Vec<u8> {
+    let mut payload = vec![u8::from(vote.is_some())];
+    payload.extend_from_slice(vote.map_or(&[], |vote| vote));
+    seal(What::Vote, &payload)
+}

@@ -1,0 +1,61 @@
+//! The segment logs of one data directory: one log per replica of a Raft group.
+//!
+//! ```text
+//!      purged      committed       flushed         last
+//!         │            │              │              │
+//!   ──────┼────────────┼──────────────┼──────────────┤ append
+//!   gone  │     read from the map     │ in memory,   │
+//!         │     or from memory        │ on its way   │
+//!         ▲                           ▲
+//!     log start                 durable mark: at or behind it
+//!
+//!   DIR/identity                        cluster, node
+//!   DIR/lock                            held while the store is open
+//!   DIR/logs/GROUP-REPLICA/manifest     the two ends of the log
+//!                         /vote
+//!                         /OFFSET-INDEX.seg
+//!                         /checkpoint-KIND-INDEX-TERM
+//!
+//!   store.rs     opens a directory          recovery.rs  opens a log after a crash
+//!   log.rs       changes of a log           flush.rs     what they do on disk
+//!   read.rs      reads                      engine.rs    the threads that do it
+//!   segment.rs   one file                   layout.rs    its bytes
+//!   disk.rs      what is needed of a disk: real, in memory, faulty
+//! ```
+//!
+//! What a log must keep: an entry whose `on_flushed` ran with `Ok` is there after any crash, at
+//! its place and byte by byte; an entry that was truncated never comes back; a vote that was
+//! saved is the vote. Bytes of a batch are written once and never again, so maps of them stay
+//! valid: a truncation or a cut moves on to a new segment.
+//!
+//! This crate knows neither Raft nor records: votes, checkpoints and payloads are bytes.
+
+mod checkpoint;
+mod disk;
+mod engine;
+mod error;
+mod flush;
+mod inspect;
+mod layout;
+mod log;
+mod metrics;
+mod options;
+mod position;
+mod read;
+mod recovery;
+mod segment;
+mod store;
+
+pub use checkpoint::CheckpointKind;
+pub use disk::faulty::{FaultyDisk, Operation};
+pub use disk::memory::MemoryDisk;
+pub use disk::real::RealDisk;
+pub use disk::{Disk, File};
+pub use error::{Error, OpenError, ReadError};
+pub use inspect::{BatchInspection, Inspection, LogInspection, SegmentInspection, inspect, inspect_on};
+pub use log::{Log, OnFlushed};
+pub use metrics::{Histogram, Metrics};
+pub use options::{Backend, Identity, Options};
+pub use position::LogPosition;
+pub use recovery::{Cut, Recovery};
+pub use store::Store;

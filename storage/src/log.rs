@@ -1,0 +1,599 @@
+//! The handle of one log, its state in memory, and what changes it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use arqon_proto::{Batch, BatchKind, GroupId, Header, Offset, RaftIndex, ReplicaId, Term};
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use crate::checkpoint::{CheckpointKind, CheckpointWrite};
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::flush::{Done, Group, LogIo, Op};
+use crate::layout::SegmentHeader;
+use crate::metrics;
+use crate::position::{LogPosition, index_after};
+use crate::segment::{Segment, SegmentState};
+use crate::store::StoreHold;
+
+/// Called once, when everything appended up to and with its append is durable, or never will be.
+pub type OnFlushed = Box<dyn FnOnce(io::Result<()>) + Send>;
+
+/// A vote is a few numbers; this is far above.
+const VOTE_SIZE_MAX: usize = 64 << 10;
+
+/// The log of one replica of one Raft group. Clones share it.
+///
+/// Writes are called in order by one task; reads by anyone.
+#[derive(Clone)]
+pub struct Log {
+    pub(crate) core: Arc<LogCore>,
+    /// Keeps the threads of the store and its lock on the directory.
+    pub(crate) _store: Arc<StoreHold>,
+}
+
+pub(crate) struct LogCore {
+    pub group: GroupId,
+    pub replica: ReplicaId,
+    pub dir: String,
+    pub engine: Arc<Engine>,
+    state: Mutex<State>,
+    /// Held by the one thread that runs an operation of this log.
+    pub io: Mutex<LogIo>,
+}
+
+/// One entry kept in memory, and where it stands on disk.
+pub(crate) struct Recent {
+    pub batch: Batch,
+    pub segment: Arc<Segment>,
+    pub at: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    pub purged: Option<LogPosition>,
+    pub log_start: Offset,
+    pub last: Option<LogPosition>,
+    pub flushed: Option<LogPosition>,
+    pub committed: Option<LogPosition>,
+    pub vote: Option<Bytes>,
+    pub next_offset: Offset,
+    /// Chain value that the next entry carries.
+    pub chain: u64,
+    pub incarnation: u64,
+    /// Raised when the log restarts empty.
+    pub generation: u64,
+    pub segments: VecDeque<SegmentState>,
+    /// Whether the last segment takes more batches.
+    pub tail_open: bool,
+    /// Capacity of the segment after this one.
+    pub next_capacity: u64,
+    pub recent: VecDeque<Recent>,
+    pub recent_size: usize,
+    pub queue: VecDeque<Op>,
+    /// Whether the engine has this log or will run it without being told.
+    pub scheduled: bool,
+    pub pending_size: usize,
+    /// For each cut in the queue, the index from which flushes before it do not count.
+    pub cuts: VecDeque<u64>,
+    pub closed: bool,
+    pub poisoned: Option<String>,
+    pub checkpoints: Vec<(CheckpointKind, LogPosition)>,
+    pub checkpoints_waiting: Vec<CheckpointWrite>,
+    /// Whether a mark was written and not synced, or a committed position not written.
+    pub mark_dirty: bool,
+    pub mark_watched: bool,
+    pub flushed_at: Option<Instant>,
+}
+
+impl State {
+    /// Bookkeeping of entries flushed up to and with `last`.
+    pub fn flush_through(&mut self, last: LogPosition, recent_size_max: usize) {
+        if self.cuts.iter().all(|cut| last.index.0 < *cut) {
+            self.flushed = Some(last);
+        }
+        self.evict(recent_size_max);
+    }
+
+    /// Drops recent entries beyond the limit, but for those not flushed yet.
+    fn evict(&mut self, recent_size_max: usize) {
+        let flushed = index_after(self.flushed);
+        while self.recent_size > recent_size_max
+            && let Some(oldest) = self.recent.front()
+            && oldest.batch.header.index.0 < flushed
+        {
+            self.recent_size -= oldest.batch.header.batch_size();
+            self.recent.pop_front();
+        }
+    }
+
+    pub fn first_recent(&self) -> Option<u64> {
+        self.recent.front().map(|oldest| oldest.batch.header.index.0)
+    }
+
+    /// The recent entry at `index`.
+    pub fn recent_at(&self, index: u64) -> Option<&Recent> {
+        let at = index.checked_sub(self.first_recent()?)?;
+        self.recent.get(usize::try_from(at).ok()?)
+    }
+
+    pub fn writable(&self) -> Result<(), Error> {
+        if let Some(reason) = &self.poisoned {
+            return Err(Error::Poisoned(reason.clone()));
+        }
+        if self.closed {
+            return Err(Error::Closed);
+        }
+        Ok(())
+    }
+
+    fn keep_recent(&mut self, index_end: u64) {
+        while let Some(newest) = self.recent.back()
+            && newest.batch.header.index.0 >= index_end
+        {
+            self.recent_size -= newest.batch.header.batch_size();
+            self.recent.pop_back();
+        }
+    }
+}
+
+/// The result of an operation that the engine runs.
+pub(crate) async fn wait(receiver: oneshot::Receiver<io::Result<()>>) -> io::Result<()> {
+    receiver.await.unwrap_or_else(|_| Err(Error::Closed.into()))
+}
+
+impl LogCore {
+    pub fn new(group: GroupId, replica: ReplicaId, dir: String, engine: Arc<Engine>, state: State, io: LogIo) -> Self {
+        Self { group, replica, dir, engine, state: Mutex::new(state), io: Mutex::new(io) }
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic under this lock is a broken rule of the log; the next user of the log must not
+        // go on from a state that is half changed.
+        match self.state.lock() {
+            Ok(state) => state,
+            Err(error) => {
+                let mut state = error.into_inner();
+                state.poisoned.get_or_insert_with(|| "a thread panicked while it changed the log".to_owned());
+                state
+            }
+        }
+    }
+
+    pub fn lock_io(&self) -> MutexGuard<'_, LogIo> {
+        self.io.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the log to the engine unless the engine has it.
+    pub fn schedule(self: &Arc<Self>, state: &mut State) {
+        if !std::mem::replace(&mut state.scheduled, true) {
+            self.engine.push(Arc::clone(self));
+        }
+    }
+
+    pub fn enqueue(self: &Arc<Self>, state: &mut State, op: Op) {
+        state.queue.push_back(op);
+        self.schedule(state);
+    }
+
+    /// Gives `batch` its place: offset, chain, segment.
+    fn place(&self, state: &mut State, mut batch: Batch) {
+        let header = &mut batch.header;
+        assert_eq!(header.index.0, index_after(state.last), "entries are appended without gap");
+        assert!(state.last.is_none_or(|last| last.term <= header.term), "terms never decrease");
+        assert!(
+            header.kind == BatchKind::Data || header.record_count == 0,
+            "only data batches have records that take offsets"
+        );
+        header.base_offset = state.next_offset;
+        header.chain = state.chain;
+        let encoded = header.encode();
+        let (size, next_offset) = (header.batch_size(), header.next_offset());
+        let position = LogPosition { term: header.term, index: header.index };
+        self.make_room(state, size, header);
+
+        let tail = state.segments.back_mut().expect("make_room leaves an open segment");
+        let (segment, at) = (Arc::clone(&tail.segment), tail.end);
+        tail.push(&batch.header);
+        state.chain = Header::chain_value(&encoded);
+        state.next_offset = next_offset;
+        state.last = Some(position);
+        let options = &self.engine.options;
+        let group = match state.queue.back_mut() {
+            Some(Op::Append(group)) if Arc::ptr_eq(&group.segment, &segment) && group.size < options.flush_size_max => {
+                group
+            }
+            _ => {
+                state.queue.push_back(Op::Append(Group::new(Arc::clone(&segment), at)));
+                match state.queue.back_mut() {
+                    Some(Op::Append(group)) => group,
+                    _ => unreachable!("an append was pushed just now"),
+                }
+            }
+        };
+        group.push(&encoded, &batch, position, state.chain);
+        state.pending_size += size;
+        state.recent_size += size;
+        state.recent.push_back(Recent { batch, segment, at });
+    }
+
+    /// Starts a new segment when the last one is closed or has no room for `size` bytes.
+    fn make_room(&self, state: &mut State, size: usize, header: &Header) {
+        let size = size as u64;
+        if state.tail_open
+            && let Some(tail) = state.segments.back()
+            && tail.end + size <= tail.segment.header.capacity
+        {
+            return;
+        }
+        let options = &self.engine.options;
+        let capacity = state.next_capacity.max(crate::layout::SEGMENT_DATA_AT + size);
+        state.next_capacity = (state.next_capacity * 2).min(options.segment_size_max).max(state.next_capacity);
+        let segment = Arc::new(Segment::new(
+            &self.dir,
+            SegmentHeader {
+                group: self.group,
+                replica: self.replica,
+                incarnation: state.incarnation,
+                generation: state.generation,
+                base_index: header.index,
+                base_offset: state.next_offset,
+                chain: state.chain,
+                term_before: state.last.map_or(Term(0), |last| last.term),
+                time_before_ms: state.segments.back().map_or(0, |tail| tail.last_time_ms),
+                capacity,
+            },
+        ));
+        state.queue.push_back(Op::Roll(Arc::clone(&segment)));
+        state.segments.push_back(SegmentState::new(segment));
+        state.tail_open = true;
+    }
+}
+
+impl Log {
+    /// Raft group of this log.
+    #[must_use]
+    pub fn group(&self) -> GroupId {
+        self.core.group
+    }
+
+    /// Replica placement of this log.
+    #[must_use]
+    pub fn replica(&self) -> ReplicaId {
+        self.core.replica
+    }
+
+    /// Last entry dropped from the front, also by an installed snapshot.
+    #[must_use]
+    pub fn purged(&self) -> Option<LogPosition> {
+        self.core.lock().purged
+    }
+
+    /// Last entry appended, durable or not; otherwise [`Log::purged`].
+    #[must_use]
+    pub fn last(&self) -> Option<LogPosition> {
+        self.core.lock().last
+    }
+
+    /// Last entry known to be durable; otherwise [`Log::purged`].
+    #[must_use]
+    pub fn flushed(&self) -> Option<LogPosition> {
+        self.core.lock().flushed
+    }
+
+    /// Offset of the first record retained, or of the next one when none is.
+    #[must_use]
+    pub fn log_start(&self) -> Offset {
+        self.core.lock().log_start
+    }
+
+    /// Offset that the next record takes.
+    #[must_use]
+    pub fn next_offset(&self) -> Offset {
+        self.core.lock().next_offset
+    }
+
+    /// Why this log takes no more writes: a write or sync of it failed.
+    #[must_use]
+    pub fn poisoned(&self) -> Option<String> {
+        self.core.lock().poisoned.clone()
+    }
+
+    /// Appends entries. They are readable when this returns; it never waits for the disk.
+    ///
+    /// Term and index stand in the headers; offset and chain are filled in here. `on_flushed`
+    /// runs on a thread of the store after all of them are durable, in the order of the appends;
+    /// it must be quick. It also runs, with an error, when the log fails or closes.
+    ///
+    /// # Errors
+    /// The log is closed for writing or too much waits for the disk. Nothing was kept then, and
+    /// `on_flushed` was dropped without a call.
+    ///
+    /// # Panics
+    /// An index that is not the one after [`Log::last`], or a term below its term.
+    pub fn append(&self, batches: Vec<Batch>, on_flushed: OnFlushed) -> Result<(), Error> {
+        let core = &self.core;
+        let count = batches.len();
+        let size: usize = batches.iter().map(|batch| batch.header.batch_size()).sum();
+        let mut state = core.lock();
+        state.writable()?;
+        let limit = core.engine.options.pending_size_max;
+        if state.pending_size > 0 && state.pending_size + size > limit {
+            return Err(Error::Overloaded { pending_size: state.pending_size, limit });
+        }
+        for batch in batches {
+            core.place(&mut state, batch);
+        }
+        match state.queue.back_mut() {
+            Some(Op::Append(group)) if count > 0 => group.callbacks.push(on_flushed),
+            _ => state.queue.push_back(Op::Barrier(on_flushed)),
+        }
+        core.schedule(&mut state);
+        drop(state);
+        let metrics = &core.engine.metrics;
+        metrics::add(&metrics.appended_count, count);
+        metrics::add(&metrics.queue_depth, count);
+        metrics::add(&metrics.queue_size, size);
+        Ok(())
+    }
+
+    /// Drops the entries from `index` on; offsets rewind. The cut is durable on return, and
+    /// before any later append is. Beyond the end it does nothing.
+    ///
+    /// # Errors
+    /// The log is closed for writing, or the disk failed; the log is poisoned then.
+    ///
+    /// # Panics
+    /// An index that was purged.
+    pub async fn truncate_from(&self, index: RaftIndex) -> io::Result<()> {
+        wait(self.start_truncate(index.0)?).await
+    }
+
+    fn start_truncate(&self, index: u64) -> io::Result<oneshot::Receiver<io::Result<()>>> {
+        let core = &self.core;
+        let (done, receiver) = oneshot::channel();
+        let mut state = core.lock();
+        state.writable()?;
+        assert!(index >= index_after(state.purged), "entry {index} was purged and cannot be truncated");
+        if index >= index_after(state.last) {
+            core.enqueue(&mut state, Op::Barrier(Box::new(move |result| drop(done.send(result)))));
+            return Ok(receiver);
+        }
+        let (at, header) = core.locate(&state, index)?;
+        let last = match index.checked_sub(1) {
+            Some(before) if before >= index_after(state.purged) => {
+                let (_, header) = core.locate(&state, before)?;
+                Some(LogPosition { term: header.term, index: header.index })
+            }
+            _ => state.purged,
+        };
+
+        let mut removed = Vec::new();
+        while let Some(later) = state.segments.back()
+            && later.base_index() >= index
+        {
+            removed.push(Arc::clone(&later.segment));
+            state.segments.pop_back();
+        }
+        let survivor = state.segments.back_mut().map(|tail| {
+            if tail.next_index > index {
+                tail.cut(at, &header, last.map_or(0, |last| last.term.0));
+            }
+            (Arc::clone(&tail.segment), tail.end)
+        });
+        state.keep_recent(index);
+        state.last = last;
+        state.flushed =
+            state.flushed.filter(|flushed| flushed.index.0 < index).or(last.filter(|_| state.flushed.is_some()));
+        state.next_offset = header.base_offset;
+        state.chain = header.chain;
+        state.tail_open = false;
+        state.cuts.push_back(index);
+        let done = Done::new(done);
+        let op = match survivor {
+            Some((segment, sealed_at)) => {
+                Op::Truncate { segment, sealed_at, removed, keep: last, chain: header.chain, done }
+            }
+            None => core.restart(&mut state, removed, Vec::new(), done),
+        };
+        core.enqueue(&mut state, op);
+        Ok(receiver)
+    }
+
+    /// Drops the entries up to `position` from the front, and deletes the segments that hold
+    /// nothing else. Durable on return. Beyond the end, the log restarts empty behind
+    /// `position` with the offsets where they were; see [`Log::reset`] for other offsets.
+    ///
+    /// # Errors
+    /// The log is closed for writing, or the disk failed; the log is poisoned then.
+    pub async fn purge_through(&self, position: LogPosition) -> io::Result<()> {
+        let core = &self.core;
+        let (done, receiver) = oneshot::channel();
+        {
+            let mut state = core.lock();
+            state.writable()?;
+            if position.index.0 >= index_after(state.last) {
+                let next_offset = state.next_offset;
+                self.restart_at(&mut state, position, next_offset, Vec::new(), done);
+            } else if position.index.0 < index_after(state.purged) {
+                core.enqueue(&mut state, Op::Barrier(Box::new(move |result| drop(done.send(result)))));
+            } else {
+                self.start_purge(&mut state, position, done)?;
+            }
+        }
+        wait(receiver).await
+    }
+
+    fn start_purge(
+        &self,
+        state: &mut State,
+        position: LogPosition,
+        done: oneshot::Sender<io::Result<()>>,
+    ) -> io::Result<()> {
+        let (start_chain, start_offset) = if state.last.is_some_and(|last| last.index == position.index) {
+            (state.chain, state.next_offset)
+        } else {
+            let (_, header) = self.core.locate(state, position.index.0 + 1)?;
+            (header.chain, header.base_offset)
+        };
+        let mut removed = Vec::new();
+        while state.segments.len() > 1
+            && let Some(first) = state.segments.front()
+            && first.next_index <= position.index.0 + 1
+        {
+            removed.push(Arc::clone(&first.segment));
+            state.segments.pop_front();
+        }
+        while let Some(oldest) = state.recent.front()
+            && oldest.batch.header.index <= position.index
+        {
+            state.recent_size -= oldest.batch.header.batch_size();
+            state.recent.pop_front();
+        }
+        state.purged = Some(position);
+        state.log_start = start_offset;
+        let done = Done::new(done);
+        self.core.enqueue(state, Op::Purge { position, start_chain, start_offset, removed, done });
+        Ok(())
+    }
+
+    /// Drops every entry; the log restarts empty behind `position`, and its next record takes
+    /// `next_offset`. For an installed snapshot use [`Log::install`]. Durable on return.
+    ///
+    /// # Errors
+    /// The log is closed for writing, or the disk failed; the log is poisoned then.
+    pub async fn reset(&self, position: LogPosition, next_offset: Offset) -> io::Result<()> {
+        self.install(position, next_offset, Vec::new()).await
+    }
+
+    /// Saves `checkpoints` at `position`, then restarts the log empty behind it as
+    /// [`Log::reset`] does. After a crash in between the old log stands and the checkpoints
+    /// are gone.
+    ///
+    /// # Errors
+    /// The log is closed for writing, or the disk failed; the log is poisoned then.
+    pub async fn install(
+        &self,
+        position: LogPosition,
+        next_offset: Offset,
+        checkpoints: Vec<(CheckpointKind, Bytes)>,
+    ) -> io::Result<()> {
+        let (done, receiver) = oneshot::channel();
+        {
+            let mut state = self.core.lock();
+            state.writable()?;
+            self.restart_at(&mut state, position, next_offset, checkpoints, done);
+        }
+        wait(receiver).await
+    }
+
+    fn restart_at(
+        &self,
+        state: &mut State,
+        position: LogPosition,
+        next_offset: Offset,
+        checkpoints: Vec<(CheckpointKind, Bytes)>,
+        done: oneshot::Sender<io::Result<()>>,
+    ) {
+        let removed = state.segments.drain(..).rev().map(|segment| segment.segment).collect();
+        state.recent.clear();
+        state.recent_size = 0;
+        state.purged = Some(position);
+        state.last = Some(position);
+        state.next_offset = next_offset;
+        state.tail_open = false;
+        state.cuts.push_back(0);
+        let op = self.core.restart(state, removed, checkpoints, Done::new(done));
+        self.core.enqueue(state, op);
+    }
+
+    /// Makes `vote` durable, and before it everything appended so far.
+    ///
+    /// # Errors
+    /// The log is closed for writing, or the disk failed; the log is poisoned then.
+    ///
+    /// # Panics
+    /// A vote over 64 KiB.
+    pub async fn save_vote(&self, vote: Bytes) -> io::Result<()> {
+        assert!(vote.len() <= VOTE_SIZE_MAX, "a vote has a few bytes");
+        let (done, receiver) = oneshot::channel();
+        {
+            let mut state = self.core.lock();
+            state.writable()?;
+            self.core.enqueue(&mut state, Op::Vote { vote, done: Done::new(done) });
+        }
+        wait(receiver).await
+    }
+
+    /// The last durable vote.
+    #[must_use]
+    pub fn vote(&self) -> Option<Bytes> {
+        self.core.lock().vote.clone()
+    }
+
+    /// Notes the committed position. It reaches the disk with a later flush, or by itself
+    /// within about 100 ms.
+    pub fn save_committed(&self, position: LogPosition) {
+        let mut state = self.core.lock();
+        if state.committed.is_none_or(|committed| committed < position) {
+            state.committed = Some(position);
+            state.mark_dirty = true;
+            self.core.engine.watch_mark(&self.core, &mut state);
+        }
+    }
+
+    /// The committed position last noted, never beyond [`Log::last`] nor before [`Log::purged`].
+    #[must_use]
+    pub fn committed(&self) -> Option<LogPosition> {
+        let state = self.core.lock();
+        state.committed.max(state.purged).min(state.last)
+    }
+}
+
+impl LogCore {
+    /// Byte and header of the entry at `index`, which is in the log. From memory if possible.
+    pub fn locate(&self, state: &State, index: u64) -> io::Result<(u64, Header)> {
+        if let Some(recent) = state.recent_at(index) {
+            return Ok((recent.at, recent.batch.header.clone()));
+        }
+        let count = state.segments.partition_point(|segment| segment.base_index() <= index);
+        let found = count.checked_sub(1).and_then(|at| state.segments.get(at));
+        let missing = || io::Error::other(format!("entry {index} is not where the index says"));
+        let segment = found.ok_or_else(missing)?;
+        let file = segment.segment.file()?;
+        let mut walk = crate::segment::Walk::new(file.as_ref(), segment.enter_index(index).at, segment.end);
+        loop {
+            match walk.next() {
+                Ok(Some((at, header))) if header.index.0 == index => return Ok((at, header)),
+                Ok(Some((_, header))) if header.index.0 < index => {}
+                Ok(_) => return Err(missing()),
+                Err(error) => return Err(io::Error::other(format!("{}: {error}", segment.segment.path()))),
+            }
+        }
+    }
+
+    /// The operation that makes the log empty behind `state.last`, with a chain of its own.
+    fn restart(
+        &self,
+        state: &mut State,
+        removed: Vec<Arc<Segment>>,
+        checkpoints: Vec<(CheckpointKind, Bytes)>,
+        done: Done,
+    ) -> Op {
+        state.chain = crate::store::random_number();
+        state.generation += 1;
+        state.log_start = state.next_offset;
+        Op::Restart {
+            generation: state.generation,
+            purged: state.last,
+            start_chain: state.chain,
+            start_offset: state.next_offset,
+            removed,
+            checkpoints,
+            done,
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! What the opener of a data directory decides.
+
+use arqon_proto::{NodeId, limits};
+
+/// How segments are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// io_uring where the kernel allows it, otherwise as [`Backend::Plain`].
+    #[default]
+    Auto,
+    /// io_uring, or an error at open.
+    Uring,
+    /// pwrite and fdatasync on a small pool of threads.
+    Plain,
+}
+
+/// Whose data a directory holds. A directory of another cluster or node is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Name of the cluster.
+    pub cluster: String,
+    /// The broker.
+    pub node: NodeId,
+}
+
+/// Settings of a [`Store`](crate::Store). Sizes in bytes, times in milliseconds.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How segments are written.
+    pub backend: Backend,
+    /// Capacity of a log's first segment; each next one has twice the one before.
+    pub segment_size_first: u64,
+    /// Capacity at which segments stop growing.
+    pub segment_size_max: u64,
+    /// Recent entries that each log keeps in memory. Entries not flushed yet stay beyond it.
+    pub recent_size_max: usize,
+    /// Appended and not yet flushed, per log; an append beyond it is refused.
+    pub pending_size_max: usize,
+    /// One flush group of one log: one write and one fdatasync.
+    pub flush_size_max: usize,
+    /// Zeroes written at the creation of a segment, and the step of filling ahead.
+    pub fill_size: u64,
+    /// Zeroes written ahead per second, over all logs; beyond it appends extend their file.
+    pub fill_rate_max: u64,
+    /// After this time without a flush the durable mark is synced.
+    pub mark_delay_ms: u64,
+    /// Threads that write, sync and create files.
+    pub thread_count: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            backend: Backend::Auto,
+            segment_size_first: 1 << 20,
+            segment_size_max: 64 << 20,
+            recent_size_max: limits::RECENT_SIZE_MAX,
+            pending_size_max: 4 * limits::UNCOMMITTED_SIZE_MAX,
+            flush_size_max: 8 << 20,
+            fill_size: 256 << 10,
+            fill_rate_max: 256 << 20,
+            mark_delay_ms: 100,
+            thread_count: 4,
+        }
+    }
+}

@@ -1,0 +1,526 @@
+//! Opening a log after whatever happened to it.
+//!
+//! The walk follows the chain from the log start. Where it stops, this table says what is
+//! done; "mark" is the newest durable mark in any segment of the log.
+//!
+//! ```text
+//!   what stands at the first break      | above the mark       | at or below the mark
+//!   ------------------------------------+----------------------+---------------------
+//!   zeroes, or the end of the file      | the end of the log   | quarantine
+//!   bytes that fail checks or the chain | cut there            | quarantine
+//!   a segment that does not continue    | cut there            | quarantine
+//!   a whole batch of a newer format     | refuse               | refuse
+//!   ------------------------------------+----------------------+---------------------
+//!   whatever its place:
+//!   manifest, vote, segment header or both mark slots bad, segment missing: quarantine
+//!   manifest, vote or segment header of a newer format: refuse
+//!   segment of an older generation, or wholly purged: leftover, removed
+//!   checkpoint above the end of the log: removed
+//! ```
+//!
+//! Quarantine and refuse change nothing on disk. A cut seals the segment where the chain
+//! breaks, so that its later bytes never count again, and appends go on in a new segment.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+
+use arqon_proto::{DecodeError, GroupId, Header, Offset, RaftIndex, ReplicaId};
+use bytes::Bytes;
+
+use crate::checkpoint;
+use crate::disk::{self, Disk, File, join};
+use crate::engine::Engine;
+use crate::error::OpenError;
+use crate::flush::LogIo;
+use crate::layout::{
+    MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, SEGMENT_DATA_AT, SegmentHeader, VOTE_FILE, What, log_dir, unseal,
+};
+use crate::log::State;
+use crate::position::{LogPosition, index_after};
+use crate::segment::{BatchError, Segment, SegmentState, Walk, read_front};
+
+/// Largest manifest or vote file read, in bytes.
+const SMALL_SIZE_MAX: usize = 1 << 20;
+
+/// What was found when a log was opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovery {
+    /// The log was not there and was created.
+    pub created: bool,
+    /// Last entry kept.
+    pub last: Option<LogPosition>,
+    /// Entries above the durable mark that were whole and were kept.
+    pub unmarked_count: u64,
+    /// The torn tail that was cut off.
+    pub cut: Option<Cut>,
+    /// Segment files removed: behind the cut, purged, or left over.
+    pub removed_segment_count: usize,
+    /// Checkpoints above the end of the log, removed.
+    pub removed_checkpoint_count: usize,
+    /// The tail was written again because a sync failed in the run before.
+    pub rewritten: bool,
+}
+
+/// A torn tail: writes that were never acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Index of the first entry that is gone.
+    pub index: RaftIndex,
+    /// Segment file and byte of the first bad byte or batch.
+    pub place: String,
+    /// What is wrong there.
+    pub reason: String,
+}
+
+/// Why the walk stopped in a segment.
+enum Stop {
+    Sealed,
+    Zeroes,
+    Bad(String),
+    Newer(u32),
+}
+
+/// One segment file as found.
+struct Found {
+    name: String,
+    header: SegmentHeader,
+    mark: Mark,
+    slot: usize,
+    file: Arc<dyn File>,
+}
+
+/// Where the walk is.
+struct Cursor {
+    index: u64,
+    offset: u64,
+    chain: u64,
+    term: u64,
+}
+
+struct Opener<'a> {
+    disk: &'a dyn Disk,
+    dir: String,
+    group: GroupId,
+    replica: ReplicaId,
+}
+
+/// Everything the walk found out; nothing was changed so far.
+struct Walked {
+    segments: VecDeque<SegmentState>,
+    /// Why the last segment ended, and the byte.
+    stop: Stop,
+    stop_place: String,
+    end: Cursor,
+    last: Option<LogPosition>,
+    /// Files that do not belong to the log any more.
+    leftover: Vec<String>,
+    unmarked_count: u64,
+}
+
+/// Opens the log of a directory that exists.
+pub(crate) fn recover(
+    engine: &Arc<Engine>,
+    group: GroupId,
+    replica: ReplicaId,
+) -> Result<(State, LogIo, Recovery), OpenError> {
+    let opener = Opener { disk: engine.disk.as_ref(), dir: log_dir(group, replica), group, replica };
+    let manifest = opener.manifest()?;
+    let vote = opener.vote()?;
+    let names = opener.disk.list(&opener.dir).map_err(|error| opener.io(&opener.dir, error))?;
+    let (found, mut leftover) = opener.segments(&names, &manifest)?;
+    let newest = found.iter().map(|found| &found.mark).max_by_key(|mark| mark.sequence);
+    let mark = newest.cloned().unwrap_or(Mark {
+        sequence: 0,
+        next_index: index_after(manifest.purged),
+        chain: manifest.start_chain,
+        sealed_at: None,
+        committed: None,
+    });
+    let mut walked = opener.walk(&manifest, &mark, found)?;
+    let cut = opener.judge(&manifest, &mark, &walked)?;
+
+    let mut recovery = Recovery {
+        last: walked.last,
+        unmarked_count: walked.unmarked_count,
+        rewritten: names.iter().any(|name| name == REWRITE_FILE),
+        ..Recovery::default()
+    };
+    leftover.append(&mut walked.leftover);
+    recovery.removed_segment_count = leftover.len();
+    let kept_checkpoints = opener.sort_checkpoints(&names, walked.last, &mut leftover);
+    recovery.removed_checkpoint_count = leftover.len() - recovery.removed_segment_count;
+    leftover.extend(names.iter().filter(|name| name.ends_with(".tmp")).cloned());
+
+    if let Some(cut) = &cut {
+        tracing::warn!(
+            group = group.0,
+            replica = replica.0,
+            "torn tail cut from entry {} on, at {}: {}",
+            cut.index,
+            cut.place,
+            cut.reason
+        );
+    }
+    recovery.cut = cut;
+    let (mark, sealed) = opener
+        .settle(&manifest, mark, &mut walked, &recovery, &leftover, &vote)
+        .map_err(|error| opener.io(&opener.dir, error))?;
+    let marked = walked.segments.back().map(|tail| Arc::clone(&tail.segment));
+    let tail_open = !sealed && !walked.segments.is_empty();
+    let options = &engine.options;
+    let next_capacity = marked.as_ref().map_or(options.segment_size_first, |tail| tail.header.capacity * 2);
+    let state = State {
+        purged: manifest.purged,
+        log_start: manifest.start_offset,
+        last: walked.last,
+        flushed: walked.last,
+        committed: mark.committed.map(|committed| clamp(committed, walked.last)).unwrap_or_default(),
+        vote,
+        next_offset: Offset(walked.end.offset),
+        chain: walked.end.chain,
+        incarnation: manifest.incarnation,
+        generation: manifest.generation,
+        segments: walked.segments,
+        tail_open,
+        next_capacity: next_capacity.min(options.segment_size_max),
+        checkpoints: kept_checkpoints,
+        ..State::default()
+    };
+    Ok((state, LogIo { manifest, mark, marked }, recovery))
+}
+
+/// A committed position beyond the end becomes the end.
+fn clamp(committed: LogPosition, last: Option<LogPosition>) -> Option<LogPosition> {
+    if committed.index.0 < index_after(last) { Some(committed) } else { last }
+}
+
+impl Opener<'_> {
+    fn io(&self, what: &str, source: io::Error) -> OpenError {
+        OpenError::Io { what: join(&self.disk.name(), what), source }
+    }
+
+    fn quarantine(&self, reason: String) -> OpenError {
+        OpenError::Quarantined { group: self.group, replica: self.replica, reason }
+    }
+
+    /// A file that does not decode: a newer program's, or damage.
+    fn refuse(&self, name: &str, error: &DecodeError) -> OpenError {
+        match error {
+            DecodeError::Version { version, .. } => {
+                OpenError::NewerFormat { what: join(&self.disk.name(), &join(&self.dir, name)), version: *version }
+            }
+            error => self.quarantine(format!("{name}: {error}")),
+        }
+    }
+
+    fn small(&self, name: &str) -> Result<Vec<u8>, OpenError> {
+        let path = join(&self.dir, name);
+        disk::read_all(self.disk, &path, SMALL_SIZE_MAX).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => self.quarantine(format!("{name} is not there")),
+            io::ErrorKind::InvalidData => self.quarantine(error.to_string()),
+            _ => self.io(&path, error),
+        })
+    }
+
+    fn manifest(&self) -> Result<Manifest, OpenError> {
+        let bytes = self.small(MANIFEST_FILE)?;
+        let manifest = Manifest::decode(&bytes).map_err(|error| self.refuse(MANIFEST_FILE, &error))?;
+        if (manifest.group, manifest.replica) != (self.group, self.replica) {
+            let reason = format!("its manifest is of group {} replica {}", manifest.group, manifest.replica);
+            return Err(self.quarantine(reason));
+        }
+        Ok(manifest)
+    }
+
+    fn vote(&self) -> Result<Option<Bytes>, OpenError> {
+        let bytes = Bytes::from(self.small(VOTE_FILE)?);
+        let payload = unseal(What::Vote, &bytes).map_err(|error| self.refuse(VOTE_FILE, &error))?;
+        match payload.split_first() {
+            Some((0, [])) => Ok(None),
+            Some((1, vote)) => Ok(Some(bytes.slice_ref(vote))),
+            _ => Err(self.quarantine(format!("{VOTE_FILE}: it does not say whether there is a vote"))),
+        }
+    }
+
+    /// The segments of this generation by index, and the names of stale ones.
+    fn segments(&self, names: &[String], manifest: &Manifest) -> Result<(Vec<Found>, Vec<String>), OpenError> {
+        let (mut found, mut stale) = (Vec::new(), Vec::new());
+        for name in names.iter().filter(|name| name.ends_with(".seg")) {
+            let path = join(&self.dir, name);
+            let file = self.disk.open(&path).map_err(|error| self.io(&path, error))?;
+            let front = read_front(file.as_ref()).map_err(|error| self.io(&path, error))?;
+            let header = front.header.map_err(|error| self.refuse(name, &error))?;
+            let owner = (header.group, header.replica, header.incarnation);
+            if owner != (manifest.group, manifest.replica, manifest.incarnation) || header.file_name() != *name {
+                return Err(self.quarantine(format!("{name}: it belongs to another log or place")));
+            }
+            if header.generation < manifest.generation {
+                stale.push(name.clone());
+                continue;
+            }
+            if header.generation > manifest.generation {
+                return Err(self.quarantine(format!("{name}: it is newer than the manifest")));
+            }
+            let Some(mark) = front.mark else {
+                let error = front.slot_error.unwrap_or(DecodeError::Magic { what: "durable mark" });
+                return Err(self.refuse(name, &error));
+            };
+            found.push(Found { name: name.clone(), header, mark, slot: front.slot, file });
+        }
+        found.sort_by_key(|found| found.header.base_index);
+        Ok((found, stale))
+    }
+
+    /// Follows the chain through the segments.
+    fn walk(&self, manifest: &Manifest, mark: &Mark, found: Vec<Found>) -> Result<Walked, OpenError> {
+        let start = index_after(manifest.purged);
+        let mut end = Cursor {
+            index: start,
+            offset: manifest.start_offset.0,
+            chain: manifest.start_chain,
+            term: manifest.purged.map_or(0, |purged| purged.term.0),
+        };
+        let mut walked = Walked {
+            segments: VecDeque::new(),
+            stop: Stop::Zeroes,
+            stop_place: "the log start".to_owned(),
+            end: Cursor { ..end },
+            last: manifest.purged,
+            leftover: Vec::new(),
+            unmarked_count: 0,
+        };
+        let purged_count = found.iter().skip(1).take_while(|next| next.header.base_index.0 <= start).count();
+        let mut gap = false;
+        for (number, found) in found.into_iter().enumerate() {
+            if number < purged_count {
+                walked.leftover.push(found.name);
+                continue;
+            }
+            let header = &found.header;
+            if walked.segments.is_empty() && header.base_index.0 < start {
+                // It begins with purged entries: its own chain leads to the log start.
+                let (index, offset) = (header.base_index.0, header.base_offset.0);
+                end = Cursor { index, offset, chain: header.chain, term: header.term_before.0 };
+            }
+            if gap || (header.base_index.0, header.base_offset.0, header.chain) != (end.index, end.offset, end.chain) {
+                if !gap && !matches!(walked.stop, Stop::Bad(_)) {
+                    walked.stop = Stop::Bad("the segment does not continue the log".to_owned());
+                    walked.stop_place = found.name.clone();
+                }
+                gap = true;
+                walked.leftover.push(found.name);
+                continue;
+            }
+            let (segment, stop) = self.walk_segment(found, manifest, mark, &mut end, &mut walked.unmarked_count)?;
+            walked.stop = stop;
+            walked.stop_place = format!("{} byte {}", segment.segment.header.file_name(), segment.end);
+            walked.segments.push_back(segment);
+        }
+        if end.index < start {
+            return Err(self.quarantine(format!("its entries end at {} and it starts at {start}", end.index)));
+        }
+        if end.index > start {
+            walked.last = Some(LogPosition::new(end.term, end.index - 1));
+        }
+        walked.end = end;
+        Ok(walked)
+    }
+
+    fn walk_segment(
+        &self,
+        found: Found,
+        manifest: &Manifest,
+        mark: &Mark,
+        end: &mut Cursor,
+        unmarked_count: &mut u64,
+    ) -> Result<(SegmentState, Stop), OpenError> {
+        let path = join(&self.dir, &found.name);
+        let failed = |error| self.io(&path, error);
+        let size = found.file.size().map_err(failed)?;
+        let sealed_at = found.mark.sealed_at.unwrap_or(u64::MAX);
+        let data_end = size.min(found.header.capacity).min(sealed_at);
+        let start = index_after(manifest.purged);
+        let segment = Arc::new(Segment::opened(&self.dir, found.header, found.file, size, found.slot));
+        let mut state = SegmentState::new(Arc::clone(&segment));
+        let file = segment.file().map_err(failed)?.as_ref();
+        let mut walk = Walk::new(file, SEGMENT_DATA_AT, data_end);
+        let check = |at: (u64, u64), chain: u64, what: &str| {
+            if at.0 == at.1 && end_differs(chain, at.0, manifest, mark) {
+                return Err(
+                    self.quarantine(format!("entry {} does not continue the chain that the {what} names", at.0))
+                );
+            }
+            Ok(())
+        };
+        let stop = loop {
+            check((end.index, start), end.chain, "manifest")?;
+            check((end.index, mark.next_index), end.chain, "durable mark")?;
+            let Some(bytes) = walk.bytes().map_err(failed)? else { break Stop::Zeroes };
+            if bytes.iter().all(|byte| *byte == 0) {
+                break Stop::Zeroes;
+            }
+            let header = match Header::decode(&bytes) {
+                Ok(header) => header,
+                Err(DecodeError::Version { version, .. }) => break Stop::Newer(version),
+                Err(error) => break Stop::Bad(error.to_string()),
+            };
+            let place = (header.index.0, header.base_offset.0, header.chain);
+            if place != (end.index, end.offset, end.chain) || header.term.0 < end.term {
+                break Stop::Bad("the batch does not continue the chain".to_owned());
+            }
+            if walk.at + header.batch_size() as u64 > data_end {
+                break Stop::Bad("the batch is cut short".to_owned());
+            }
+            if header.index.0 >= mark.next_index {
+                // Below the mark the payload is checked when it is read.
+                match segment.batch_at(walk.at, &header) {
+                    Ok(_) => *unmarked_count += 1,
+                    Err(BatchError::Disk(error)) if error.kind() != io::ErrorKind::UnexpectedEof => {
+                        return Err(failed(error));
+                    }
+                    Err(error) => break Stop::Bad(error.to_string()),
+                }
+            }
+            state.push(&header);
+            walk.at += header.batch_size() as u64;
+            let (index, offset) = (header.index.0 + 1, header.next_offset().0);
+            *end = Cursor { index, offset, chain: Header::chain_value(&bytes), term: header.term.0 };
+        };
+        let stop = if state.end == sealed_at { Stop::Sealed } else { stop };
+        Ok((state, stop))
+    }
+
+    /// The table above.
+    fn judge(&self, manifest: &Manifest, mark: &Mark, walked: &Walked) -> Result<Option<Cut>, OpenError> {
+        let index = walked.end.index;
+        if let Stop::Newer(version) = walked.stop {
+            let what = format!("{}/{}/{}", self.disk.name(), self.dir, walked.stop_place);
+            return Err(OpenError::NewerFormat { what, version });
+        }
+        let reason = match &walked.stop {
+            Stop::Bad(reason) => Some(reason.as_str()),
+            Stop::Sealed | Stop::Zeroes | Stop::Newer(_) => None,
+        };
+        if index < mark.next_index {
+            return Err(self.quarantine(format!(
+                "entries {index} to {} were durable and are lost or damaged, at {}: {}",
+                mark.next_index - 1,
+                walked.stop_place,
+                reason.unwrap_or("the log ends there")
+            )));
+        }
+        if let Some(tail) = manifest.tail
+            && !walked.segments.iter().any(|segment| segment.segment.header.base_index == tail)
+        {
+            return Err(self.quarantine(format!("the segment that begins with entry {tail} is not there")));
+        }
+        Ok(reason.map(|reason| Cut {
+            index: RaftIndex(index),
+            place: walked.stop_place.clone(),
+            reason: reason.to_owned(),
+        }))
+    }
+
+    fn sort_checkpoints(
+        &self,
+        names: &[String],
+        last: Option<LogPosition>,
+        leftover: &mut Vec<String>,
+    ) -> Vec<(checkpoint::CheckpointKind, LogPosition)> {
+        let mut kept = Vec::new();
+        for name in names {
+            let Some(found) = checkpoint::parse_file_name(name) else { continue };
+            if found.1.index.0 < index_after(last) {
+                kept.push(found);
+            } else {
+                leftover.push(name.clone());
+            }
+        }
+        kept
+    }
+
+    /// Makes the disk agree with what was found, all of it durable: the bytes above the mark
+    /// may be in the page cache only. Says the new mark, and whether the tail is sealed.
+    fn settle(
+        &self,
+        manifest: &Manifest,
+        mark: Mark,
+        walked: &mut Walked,
+        recovery: &Recovery,
+        leftover: &[String],
+        vote: &Option<Bytes>,
+    ) -> io::Result<(Mark, bool)> {
+        if recovery.rewritten {
+            // After a failed sync the pages count as clean: only fresh blocks can be believed.
+            tracing::warn!(
+                group = self.group.0,
+                replica = self.replica.0,
+                "a sync failed before: writing the tail again"
+            );
+            for segment in &mut walked.segments {
+                if segment.next_index > mark.next_index || segment.next_index == walked.end.index {
+                    segment.segment = Arc::new(self.rewrite(segment)?);
+                }
+            }
+            disk::replace(self.disk, &self.dir, MANIFEST_FILE, manifest.encode())?;
+            disk::replace(self.disk, &self.dir, VOTE_FILE, crate::flush::encode_vote(vote.as_ref()))?;
+        }
+        for name in [MANIFEST_FILE, VOTE_FILE] {
+            self.disk.open(&join(&self.dir, name))?.sync()?;
+        }
+        let count = walked.segments.len();
+        for (number, segment) in walked.segments.iter().enumerate() {
+            if segment.next_index > mark.next_index || number + 1 == count {
+                segment.segment.file()?.sync()?;
+            }
+        }
+        let mut mark = mark;
+        let mut sealed = matches!(walked.stop, Stop::Sealed);
+        if let Some(tail) = walked.segments.back() {
+            let torn = recovery.cut.is_some() && !sealed;
+            if torn || mark.next_index != walked.end.index {
+                sealed |= torn;
+                let sealed_at = sealed.then_some(tail.end);
+                let (next_index, chain) = (walked.end.index, walked.end.chain);
+                mark = Mark { sequence: mark.sequence + 1, next_index, chain, sealed_at, committed: mark.committed };
+                tail.segment.write_mark(&mark)?;
+                tail.segment.file()?.sync()?;
+            }
+        }
+        if let Some(tail) = walked.segments.back().filter(|_| !sealed) {
+            tail.segment.allow_fill(self.disk)?;
+        }
+        for name in leftover {
+            self.disk.remove(&join(&self.dir, name))?;
+        }
+        self.disk.sync_dir(&self.dir)?;
+        if recovery.rewritten {
+            self.disk.remove(&join(&self.dir, REWRITE_FILE))?;
+            self.disk.sync_dir(&self.dir)?;
+        }
+        Ok((mark, sealed))
+    }
+
+    /// Copies a segment up to its last good batch to fresh blocks.
+    fn rewrite(&self, segment: &SegmentState) -> io::Result<Segment> {
+        let old = &segment.segment;
+        let mut bytes = vec![0; usize::try_from(segment.end).map_err(io::Error::other)?];
+        let read = old.file()?.read_at(&mut bytes, 0)?;
+        bytes.truncate(read);
+        let fresh = format!("{}.tmp", old.path());
+        let file = self.disk.create(&fresh)?;
+        file.write_at(&[Bytes::from(bytes)], 0)?;
+        file.sync()?;
+        self.disk.rename(&fresh, &old.path())?;
+        self.disk.sync_dir(&self.dir)?;
+        let slot = read_front(file.as_ref())?.slot;
+        Ok(Segment::opened(&self.dir, old.header.clone(), file, segment.end, slot))
+    }
+}
+
+/// Whether `chain` contradicts what the manifest or the mark says about the entry at `index`.
+fn end_differs(chain: u64, index: u64, manifest: &Manifest, mark: &Mark) -> bool {
+    index == index_after(manifest.purged) && chain != manifest.start_chain
+        || index == mark.next_index && chain != mark.chain
+}

@@ -1,0 +1,352 @@
+//! One segment file, and how its batches are walked.
+
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use arqon_proto::{BATCH_HEADER_SIZE, Batch, BatchKind, DecodeError, Header};
+use bytes::Bytes;
+
+use crate::disk::{Disk, File, join};
+use crate::layout::{BLOCK_SIZE, MARK_AT, Mark, SEGMENT_DATA_AT, SegmentHeader};
+use crate::position::LogPosition;
+
+/// Bytes between two points of the sparse index.
+const INDEX_STEP: u64 = 64 << 10;
+/// Bytes read at once when headers are walked.
+const WINDOW_SIZE: usize = 64 << 10;
+
+/// A segment that exists, or that a queued roll will create before anything is written to it.
+pub(crate) struct Segment {
+    pub dir: String,
+    pub header: SegmentHeader,
+    file: OnceLock<Arc<dyn File>>,
+    fill: Mutex<Fill>,
+    filled: Condvar,
+    /// Which of the two slots holds the newest mark; the next one goes to the other.
+    slot: AtomicUsize,
+}
+
+/// How far the file is written over, with batches or zeroes.
+#[derive(Default)]
+struct Fill {
+    size: u64,
+    running: bool,
+    /// Handle for the zeroes, apart from that of the batches: the system reports a failed
+    /// write-back once per handle, and a failure seen here must not hide from their sync.
+    file: Option<Arc<dyn File>>,
+}
+
+impl Segment {
+    pub fn new(dir: &str, header: SegmentHeader) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            header,
+            file: OnceLock::new(),
+            fill: Mutex::default(),
+            filled: Condvar::new(),
+            slot: AtomicUsize::new(0),
+        }
+    }
+
+    pub fn opened(dir: &str, header: SegmentHeader, file: Arc<dyn File>, size: u64, slot: usize) -> Self {
+        let segment = Self::new(dir, header);
+        segment.slot.store(slot, Ordering::Relaxed);
+        segment.lock_fill().size = size;
+        let _ = segment.file.set(file);
+        segment
+    }
+
+    pub fn path(&self) -> String {
+        join(&self.dir, &self.header.file_name())
+    }
+
+    pub fn file(&self) -> io::Result<&Arc<dyn File>> {
+        self.file.get().ok_or_else(|| io::Error::other(format!("{} was not created", self.path())))
+    }
+
+    /// Creates the file with header, first mark and zeroes; durable when it returns. No batch
+    /// may be written before, so that a file with this name always has a whole header.
+    pub fn create(&self, disk: &dyn Disk, mark: &Mark, fill_size: u64) -> io::Result<()> {
+        let size = (SEGMENT_DATA_AT + fill_size).min(self.header.capacity);
+        let mut front = vec![0; usize::try_from(size).map_err(io::Error::other)?];
+        for (at, block) in [(0, self.header.encode()), (MARK_AT[0], mark.encode())] {
+            let at = usize::try_from(at).map_err(io::Error::other)?;
+            front[at..at + block.len()].copy_from_slice(&block);
+        }
+        let fresh = format!("{}.tmp", self.path());
+        let file = disk.create(&fresh)?;
+        file.write_at(&[Bytes::from(front)], 0)?;
+        file.sync()?;
+        disk.rename(&fresh, &self.path())?;
+        disk.sync_dir(&self.dir)?;
+        *self.lock_fill() = Fill { size, running: false, file: Some(disk.open(&self.path())?) };
+        assert!(self.file.set(file).is_ok(), "a segment is created once");
+        Ok(())
+    }
+
+    /// Writes the next mark, without syncing it. A torn write leaves the other slot whole.
+    pub fn write_mark(&self, mark: &Mark) -> io::Result<()> {
+        let slot = 1 - self.slot.load(Ordering::Relaxed);
+        self.file()?.write_at(&[Bytes::from(mark.encode())], MARK_AT[slot])?;
+        self.slot.store(slot, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn lock_fill(&self) -> MutexGuard<'_, Fill> {
+        self.fill.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the bytes up to `end` for a write. With `wait` false, false means that zeroes are
+    /// being written there right now.
+    pub fn reserve(&self, end: u64, wait: bool) -> bool {
+        let mut fill = self.lock_fill();
+        while fill.running && end > fill.size {
+            if !wait {
+                return false;
+            }
+            fill = self.filled.wait(fill).unwrap_or_else(PoisonError::into_inner);
+        }
+        fill.size = fill.size.max(end);
+        true
+    }
+
+    /// Lets zeroes be written ahead in a segment that was opened.
+    pub fn allow_fill(&self, disk: &dyn Disk) -> io::Result<()> {
+        self.lock_fill().file = Some(disk.open(&self.path())?);
+        Ok(())
+    }
+
+    /// No more zeroes: the segment is full or was cut.
+    pub fn end_fill(&self) {
+        self.lock_fill().file = None;
+    }
+
+    /// Whether fewer than `ahead` zero bytes follow `end` and there is room for more.
+    pub fn wants_fill(&self, end: u64, ahead: u64) -> bool {
+        let fill = self.lock_fill();
+        fill.file.is_some() && !fill.running && fill.size < self.header.capacity && fill.size < end + ahead
+    }
+
+    /// Writes up to `size` zeroes behind what is written; says how many.
+    pub fn fill(&self, size: u64) -> io::Result<u64> {
+        let (file, from, to) = {
+            let mut fill = self.lock_fill();
+            let to = (fill.size + size).min(self.header.capacity);
+            let Some(file) = fill.file.clone().filter(|_| !fill.running && to > fill.size) else { return Ok(0) };
+            fill.running = true;
+            (file, fill.size, to)
+        };
+        let zeroes = Bytes::from(vec![0; usize::try_from(to - from).map_err(io::Error::other)?]);
+        let result = file.write_at(&[zeroes], from).and_then(|()| file.sync());
+        let mut fill = self.lock_fill();
+        fill.running = false;
+        if result.is_ok() {
+            fill.size = to;
+        }
+        self.filled.notify_all();
+        result.map(|()| to - from)
+    }
+
+    /// One batch whose header was found at `at`, CRCs checked.
+    pub fn batch_at(&self, at: u64, header: &Header) -> Result<Batch, BatchError> {
+        let mut bytes = self.file()?.view(at, header.batch_size(), self.header.capacity)?;
+        let batch = Batch::split_from(&mut bytes)?;
+        if batch.header != *header {
+            return Err(DecodeError::Crc { what: "batch header" }.into());
+        }
+        Ok(batch)
+    }
+}
+
+/// Why a batch could not be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BatchError {
+    #[error("{0}")]
+    Bytes(#[from] DecodeError),
+    #[error("{0}")]
+    Disk(#[from] io::Error),
+}
+
+/// Where a reader may enter a segment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct IndexPoint {
+    pub at: u64,
+    pub index: u64,
+    pub offset: u64,
+    /// Newest time of a data batch before this point.
+    pub time_before_ms: u64,
+}
+
+/// What a log knows of one of its segments; changed under the log's lock.
+pub(crate) struct SegmentState {
+    pub segment: Arc<Segment>,
+    /// Byte after the last batch.
+    pub end: u64,
+    /// Index after the last entry.
+    pub next_index: u64,
+    /// Offset after the last record.
+    pub next_offset: u64,
+    pub last_term: u64,
+    /// Newest time of a data batch in it or before it.
+    pub last_time_ms: u64,
+    points: Vec<IndexPoint>,
+}
+
+impl SegmentState {
+    pub fn new(segment: Arc<Segment>) -> Self {
+        let header = &segment.header;
+        let (next_index, next_offset) = (header.base_index.0, header.base_offset.0);
+        let (last_term, last_time_ms) = (header.term_before.0, header.time_before_ms);
+        Self { end: SEGMENT_DATA_AT, next_index, next_offset, last_term, last_time_ms, points: Vec::new(), segment }
+    }
+
+    pub fn base_index(&self) -> u64 {
+        self.segment.header.base_index.0
+    }
+
+    pub fn last(&self) -> Option<LogPosition> {
+        (self.next_index > self.base_index()).then(|| LogPosition::new(self.last_term, self.next_index - 1))
+    }
+
+    /// Counts a batch that stands at `self.end`.
+    pub fn push(&mut self, header: &Header) {
+        assert_eq!(header.index.0, self.next_index, "entries of a segment are consecutive");
+        if self.points.last().is_none_or(|point| self.end - point.at >= INDEX_STEP) {
+            self.points.push(IndexPoint {
+                at: self.end,
+                index: header.index.0,
+                offset: header.base_offset.0,
+                time_before_ms: self.last_time_ms,
+            });
+        }
+        self.end += header.batch_size() as u64;
+        self.next_index += 1;
+        self.next_offset = header.next_offset().0;
+        self.last_term = header.term.0;
+        if header.kind == BatchKind::Data {
+            self.last_time_ms = self.last_time_ms.max(header.time_ms);
+        }
+    }
+
+    /// Forgets everything from the entry whose header is `header`, which stands at `at`.
+    pub fn cut(&mut self, at: u64, header: &Header, last_term: u64) {
+        self.points.retain(|point| point.at < at);
+        self.end = at;
+        self.next_index = header.index.0;
+        self.next_offset = header.base_offset.0;
+        self.last_term = last_term;
+        // The time stays: it is an upper limit, and times never go back.
+    }
+
+    /// The last point for which `before` holds, or the first byte of data.
+    fn enter(&self, before: impl Fn(&IndexPoint) -> bool) -> IndexPoint {
+        let count = self.points.partition_point(before);
+        let header = &self.segment.header;
+        count.checked_sub(1).map_or(
+            IndexPoint {
+                at: SEGMENT_DATA_AT,
+                index: header.base_index.0,
+                offset: header.base_offset.0,
+                time_before_ms: header.time_before_ms,
+            },
+            |last| self.points[last],
+        )
+    }
+
+    pub fn enter_index(&self, index: u64) -> IndexPoint {
+        self.enter(|point| point.index <= index)
+    }
+
+    pub fn enter_offset(&self, offset: u64) -> IndexPoint {
+        self.enter(|point| point.offset <= offset)
+    }
+
+    pub fn enter_time(&self, time_ms: u64) -> IndexPoint {
+        self.enter(|point| point.time_before_ms < time_ms)
+    }
+
+    /// Offset of the first index point after byte `at`, or of the end.
+    pub fn offset_after(&self, at: u64) -> u64 {
+        let point = self.points.iter().find(|point| point.at > at);
+        point.map_or(self.next_offset, |point| point.offset)
+    }
+}
+
+/// Reads headers one after the other through a window, without their payloads.
+pub(crate) struct Walk<'a> {
+    file: &'a dyn File,
+    window: Vec<u8>,
+    window_at: u64,
+    /// Byte of the next header.
+    pub at: u64,
+    end: u64,
+}
+
+impl<'a> Walk<'a> {
+    pub fn new(file: &'a dyn File, at: u64, end: u64) -> Self {
+        Self { file, window: Vec::new(), window_at: 0, at, end }
+    }
+
+    /// The next 128 bytes; `None` when fewer are left before the end.
+    pub fn bytes(&mut self) -> io::Result<Option<[u8; BATCH_HEADER_SIZE]>> {
+        if self.at + BATCH_HEADER_SIZE as u64 > self.end {
+            return Ok(None);
+        }
+        for _ in 0..2 {
+            if let Some(from) = self.at.checked_sub(self.window_at)
+                && let Ok(from) = usize::try_from(from)
+                && let Some(bytes) = self.window.get(from..).and_then(|rest| rest.first_chunk())
+            {
+                return Ok(Some(*bytes));
+            }
+            let size = usize::try_from(self.end - self.at).unwrap_or(usize::MAX).min(WINDOW_SIZE);
+            self.window.resize(size, 0);
+            let read = self.file.read_at(&mut self.window, self.at)?;
+            self.window.truncate(read);
+            self.window_at = self.at;
+        }
+        Ok(None)
+    }
+
+    /// The next header, decoded; the walk moves behind its batch.
+    pub fn next(&mut self) -> Result<Option<(u64, Header)>, BatchError> {
+        let Some(bytes) = self.bytes()? else { return Ok(None) };
+        let header = Header::decode(&bytes)?;
+        let at = self.at;
+        self.at += header.batch_size() as u64;
+        Ok(Some((at, header)))
+    }
+}
+
+/// Header and newest mark of a segment file, and whether a mark slot is neither whole nor empty.
+pub(crate) struct Front {
+    pub header: Result<SegmentHeader, DecodeError>,
+    pub mark: Option<Mark>,
+    /// The slot of that mark.
+    pub slot: usize,
+    pub slot_error: Option<DecodeError>,
+}
+
+/// Reads the blocks in front of a segment's batches.
+pub(crate) fn read_front(file: &dyn File) -> io::Result<Front> {
+    let mut block = vec![0; BLOCK_SIZE];
+    let read = file.read_at(&mut block, 0)?;
+    let header = SegmentHeader::decode(&block[..read]);
+    let mut front = Front { header, mark: None, slot: 0, slot_error: None };
+    for (slot, at) in MARK_AT.into_iter().enumerate() {
+        let read = file.read_at(&mut block, at)?;
+        match Mark::decode(&block[..read]) {
+            Ok(mark) if front.mark.as_ref().is_none_or(|other| other.sequence < mark.sequence) => {
+                (front.mark, front.slot) = (Some(mark), slot);
+            }
+            Ok(_) => {}
+            Err(error) => {
+                if block[..read].iter().any(|byte| *byte != 0) {
+                    front.slot_error = Some(error);
+                }
+            }
+        }
+    }
+    Ok(front)
+}

@@ -1,0 +1,291 @@
+//! One data directory: its identity, its lock, its logs.
+
+use std::collections::HashMap;
+use std::collections::hash_map::{Entry, RandomState};
+use std::hash::{BuildHasher, Hasher};
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+
+use arqon_proto::{DecodeError, GroupId, Offset, ReplicaId, chain_start};
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use crate::disk::real::RealDisk;
+use crate::disk::{self, Disk, join};
+use crate::engine::Engine;
+use crate::error::OpenError;
+use crate::flush::{Done, Op, encode_vote};
+use crate::layout::{
+    IDENTITY_FILE, LOCK_FILE, LOGS_DIR, MANIFEST_FILE, Manifest, VOTE_FILE, decode_identity, encode_identity, log_dir,
+    parse_log_dir,
+};
+use crate::log::{Log, LogCore, wait};
+use crate::metrics::Metrics;
+use crate::options::{Identity, Options};
+use crate::recovery::{Recovery, recover};
+
+/// Largest identity file, in bytes.
+const IDENTITY_SIZE_MAX: usize = 64 << 10;
+
+/// An open data directory. Clones share it; it closes with the last clone and the last
+/// [`Log`] of it, or with [`Store::close`].
+#[derive(Clone)]
+pub struct Store {
+    hold: Arc<StoreHold>,
+}
+
+/// Keeps the threads running. Dropping it ends them after what is queued.
+pub(crate) struct StoreHold {
+    engine: Arc<Engine>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    open: Mutex<HashMap<(GroupId, ReplicaId), Weak<LogCore>>>,
+}
+
+impl Drop for StoreHold {
+    fn drop(&mut self) {
+        self.engine.stop();
+        self.join();
+    }
+}
+
+impl StoreHold {
+    fn join(&self) {
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            // The last handle may be dropped by a callback, on one of these threads.
+            if thread.thread().id() != std::thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<(GroupId, ReplicaId), Weak<LogCore>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A number that no earlier run has used.
+pub(crate) fn random_number() -> u64 {
+    // Keyed from the system's randomness once per thread and different for each state.
+    RandomState::new().build_hasher().finish()
+}
+
+impl Store {
+    /// Opens the data directory `dir`, creating it when it is absent or empty.
+    ///
+    /// # Errors
+    /// The directory is in use, belongs to another cluster or node, holds other files, was
+    /// written by a newer program, or the disk failed. Nothing was changed then.
+    pub fn open(dir: &Path, identity: Identity, options: Options) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Io { what: dir.display().to_string(), source };
+        let disk = RealDisk::create(dir).map_err(failed)?;
+        Self::open_on(Arc::new(disk), identity, options)
+    }
+
+    /// As [`Store::open`], on another disk.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_on(disk: Arc<dyn Disk>, identity: Identity, options: Options) -> Result<Self, OpenError> {
+        let dir = disk.name();
+        let failed = |what: &str| {
+            let what = join(&dir, what);
+            move |source| OpenError::Io { what, source }
+        };
+        // Someone else's directory gets no lock file.
+        let names = disk.list(".").map_err(failed("."))?;
+        let ours = names.iter().any(|name| name == IDENTITY_FILE);
+        let known = |name: &String| name == LOCK_FILE || name == "lost+found" || name.ends_with(".tmp");
+        if !ours && let Some(found) = names.iter().find(|name| !known(name)) {
+            return Err(OpenError::NotOurs { dir, found: found.clone() });
+        }
+        disk.lock(LOCK_FILE).map_err(|source| match source.kind() {
+            io::ErrorKind::WouldBlock => OpenError::InUse { dir: dir.clone() },
+            _ => failed(LOCK_FILE)(source),
+        })?;
+        if ours || disk.list(".").map_err(failed("."))?.iter().any(|name| name == IDENTITY_FILE) {
+            check_identity(disk.as_ref(), &identity)?;
+        } else {
+            let bytes = encode_identity(&identity.cluster, identity.node);
+            disk::replace(disk.as_ref(), ".", IDENTITY_FILE, bytes).map_err(failed(IDENTITY_FILE))?;
+        }
+        prepare_logs_dir(disk.as_ref()).map_err(failed(LOGS_DIR))?;
+        let (engine, threads) = Engine::start(disk, options)?;
+        let hold = StoreHold { engine, threads: Mutex::new(threads), open: Mutex::default() };
+        Ok(Self { hold: Arc::new(hold) })
+    }
+
+    /// How segments are written: `io_uring` or `plain`.
+    #[must_use]
+    pub fn backend_name(&self) -> &'static str {
+        self.hold.engine.backend_name()
+    }
+
+    /// Counters of all logs together.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.hold.engine.metrics)
+    }
+
+    /// The logs in the directory, open or not.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn logs(&self) -> io::Result<Vec<(GroupId, ReplicaId)>> {
+        let mut logs: Vec<_> =
+            self.hold.engine.disk.list(LOGS_DIR)?.iter().filter_map(|name| parse_log_dir(name)).collect();
+        logs.sort_unstable();
+        Ok(logs)
+    }
+
+    /// Opens the log of a replica placement, creating it when it is not there. What was not
+    /// synced before a crash is synced before this returns.
+    ///
+    /// # Errors
+    /// The log is open already, quarantined, of a newer format, or the disk failed.
+    pub fn open_log(&self, group: GroupId, replica: ReplicaId) -> Result<(Log, Recovery), OpenError> {
+        let engine = &self.hold.engine;
+        let mut open = self.hold.open();
+        let place = open.entry((group, replica));
+        if let Entry::Occupied(there) = &place
+            && there.get().upgrade().is_some_and(|core| !core.lock().closed)
+        {
+            return Err(OpenError::LogOpen { group, replica });
+        }
+        let dir = log_dir(group, replica);
+        let created = create_log(engine.disk.as_ref(), group, replica)
+            .map_err(|source| OpenError::Io { what: join(&engine.disk.name(), &dir), source })?;
+        let (state, io, recovery) = recover(engine, group, replica)?;
+        let core = Arc::new(LogCore::new(group, replica, dir, Arc::clone(engine), state, io));
+        place.insert_entry(Arc::downgrade(&core));
+        drop(open);
+        Ok((Log { core, _store: Arc::clone(&self.hold) }, Recovery { created, ..recovery }))
+    }
+
+    /// Deletes a log, open or not; handles of it fail from then on. Waits for the disk.
+    ///
+    /// # Errors
+    /// The disk failed.
+    pub fn delete_log(&self, group: GroupId, replica: ReplicaId) -> io::Result<()> {
+        let open = self.hold.open().remove(&(group, replica)).and_then(|core| core.upgrade());
+        let Some(core) = open.filter(|core| !core.lock().closed) else {
+            return delete_dir(self.hold.engine.disk.as_ref(), group, replica);
+        };
+        let (done, receiver) = std::sync::mpsc::channel();
+        {
+            let mut state = core.lock();
+            state.closed = true;
+            core.enqueue(&mut state, Op::Delete(Box::new(move |result| drop(done.send(result)))));
+        }
+        receiver.recv().unwrap_or_else(|_| Err(io::Error::other("the store was closed")))
+    }
+
+    /// Flushes everything appended, syncs the durable marks and ends the threads. Logs of this
+    /// store take no writes from then on.
+    pub async fn close(self) {
+        let open: Vec<_> = self.hold.open().drain().filter_map(|(_, core)| core.upgrade()).collect();
+        for core in &open {
+            let (done, receiver) = oneshot::channel();
+            {
+                let mut state = core.lock();
+                state.closed = true;
+                if state.poisoned.is_some() {
+                    continue;
+                }
+                core.enqueue(&mut state, Op::Mark(Some(Done::new(done))));
+            }
+            if let Err(error) = wait(receiver).await {
+                tracing::error!(group = core.group.0, "closing the log failed: {error}");
+            }
+        }
+        self.hold.engine.stop();
+        self.hold.join();
+    }
+}
+
+fn check_identity(disk: &dyn Disk, identity: &Identity) -> Result<(), OpenError> {
+    let dir = disk.name();
+    let what = join(&dir, IDENTITY_FILE);
+    let bytes = disk::read_all(disk, IDENTITY_FILE, IDENTITY_SIZE_MAX)
+        .map_err(|source| OpenError::Io { what: what.clone(), source })?;
+    let (cluster, node) = decode_identity(&bytes).map_err(|error| match error {
+        DecodeError::Version { version, .. } => OpenError::NewerFormat { what: what.clone(), version },
+        error => OpenError::Identity { what: what.clone(), reason: error.to_string() },
+    })?;
+    if cluster != identity.cluster {
+        return Err(OpenError::OtherCluster { dir, found: cluster, expected: identity.cluster.clone() });
+    }
+    if node != identity.node {
+        return Err(OpenError::OtherNode { dir, found: node, expected: identity.node });
+    }
+    Ok(())
+}
+
+/// Name of a log directory while it is made; it counts only under its final name.
+const CREATING: &str = "creating-";
+/// Name of a log directory while it is removed.
+const DELETED: &str = "deleted-";
+
+fn prepare_logs_dir(disk: &dyn Disk) -> io::Result<()> {
+    disk.create_dir(LOGS_DIR)?;
+    disk.sync_dir(".")?;
+    for name in disk.list(LOGS_DIR)? {
+        if name.starts_with(CREATING) || name.starts_with(DELETED) {
+            remove_tree(disk, &join(LOGS_DIR, &name))?;
+        }
+    }
+    disk.sync_dir(LOGS_DIR)
+}
+
+fn remove_tree(disk: &dyn Disk, dir: &str) -> io::Result<()> {
+    for name in disk.list(dir)? {
+        disk.remove(&join(dir, &name))?;
+    }
+    disk.remove_dir(dir)
+}
+
+/// Creates the directory of a log, whole or not at all; false when it is there.
+fn create_log(disk: &dyn Disk, group: GroupId, replica: ReplicaId) -> io::Result<bool> {
+    let dir = log_dir(group, replica);
+    match disk.list(&dir) {
+        Ok(_) => return Ok(false),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(_) => {}
+    }
+    let incarnation = random_number();
+    let manifest = Manifest {
+        group,
+        replica,
+        incarnation,
+        generation: 0,
+        purged: None,
+        start_chain: chain_start(group, incarnation),
+        start_offset: Offset(0),
+        tail: None,
+    };
+    let fresh = format!("{LOGS_DIR}/{CREATING}{}-{}", group.0, replica.0);
+    disk.create_dir(&fresh)?;
+    for (name, bytes) in [(MANIFEST_FILE, manifest.encode()), (VOTE_FILE, encode_vote(None))] {
+        let file = disk.create(&join(&fresh, name))?;
+        file.write_at(&[Bytes::from(bytes)], 0)?;
+        file.sync()?;
+    }
+    disk.sync_dir(&fresh)?;
+    disk.rename(&fresh, &dir)?;
+    disk.sync_dir(LOGS_DIR)?;
+    Ok(true)
+}
+
+/// Removes the directory of a log; durable when it returns. Fine when it is not there.
+pub(crate) fn delete_dir(disk: &dyn Disk, group: GroupId, replica: ReplicaId) -> io::Result<()> {
+    let gone = format!("{LOGS_DIR}/{DELETED}{}-{}", group.0, replica.0);
+    match disk.rename(&log_dir(group, replica), &gone) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        result => result?,
+    }
+    disk.sync_dir(LOGS_DIR)?;
+    remove_tree(disk, &gone)?;
+    disk.sync_dir(LOGS_DIR)
+}
