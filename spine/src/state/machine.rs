@@ -1,0 +1,51 @@
+//! The state as Raft's state machine, shared with the leader that checks against it.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use arqon_proto::{Batch, DecodeError};
+use arqon_raft::StateMachine;
+use bytes::Bytes;
+
+use super::{InFlight, PartitionState};
+
+/// Applied and in flight under one lock, so that an entry is in exactly one of the two.
+#[derive(Debug, Default)]
+pub(crate) struct Shared {
+    /// What the applied entries made.
+    pub state: PartitionState,
+    /// What the leader here has proposed.
+    pub in_flight: InFlight,
+}
+
+/// The handle that Raft drives; the partition keeps a clone.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PartitionMachine(Arc<Mutex<Shared>>);
+
+impl PartitionMachine {
+    /// The state, for as long as the guard lives: never across an await.
+    ///
+    /// # Panics
+    /// When applying an entry has panicked: the state is then worth nothing.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.0.lock().expect("the state is dropped with the program once applying an entry has panicked")
+    }
+}
+
+impl StateMachine for PartitionMachine {
+    fn apply(&mut self, batch: &Batch) -> Bytes {
+        let mut shared = self.lock();
+        let outcome = shared.state.apply(batch);
+        shared.in_flight.applied(batch);
+        outcome
+    }
+
+    fn checkpoint(&self) -> Bytes {
+        self.lock().state.checkpoint()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DecodeError> {
+        let state = PartitionState::restore(state)?;
+        *self.lock() = Shared { state, in_flight: InFlight::default() };
+        Ok(())
+    }
+}

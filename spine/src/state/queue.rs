@@ -1,0 +1,300 @@
+//! Work queues on a jobs partition: which job of a group is waiting, leased or settled.
+//!
+//! ```text
+//!            settled                 leased, pending or settled            never granted
+//!   |------------------------------|----------------------------------|-------------------->
+//!   log start                    floor                              next            log end
+//!
+//!   (never granted) --grant--> leased --ack--> settled
+//!                    ^           | nack, expire
+//!                    |           v
+//!                    '--grant-- pending --bury--> settled
+//! ```
+//!
+//! A command on a lease carries the attempt that it means; a stale one has no effect and is
+//! listed as lost. There are no deadlines here: the leader keeps the time.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
+
+use arqon_proto::{
+    DecodeError,
+    wire::{ControlRecord, LeaseState, OffsetRange, PendingState, QueueState, queue_command::Command},
+};
+
+use super::{CommandOutcome, QueueOutcome, offsets::Offsets};
+
+/// Who holds leases, and for how long each.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Holder {
+    pub worker: String,
+    pub operator_id: String,
+    pub operator_version: String,
+    pub lease_ms: u32,
+}
+
+/// A job handed out.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Lease {
+    pub attempt: u32,
+    pub holder: Arc<Holder>,
+}
+
+/// A job that was handed out and waits for its next attempt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Pending {
+    /// Attempts made so far.
+    pub attempt: u32,
+    /// How long it is to wait, from the command on.
+    pub delay_ms: u32,
+}
+
+/// One group's queue.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Queue {
+    next: u64,
+    settled: Offsets,
+    leases: BTreeMap<u64, Lease>,
+    pending: BTreeMap<u64, Pending>,
+}
+
+/// The offsets as ranges of equal attempt, in the order given.
+pub(crate) fn ranges_of(leases: impl IntoIterator<Item = (u64, u32)>) -> Vec<OffsetRange> {
+    let mut out: Vec<OffsetRange> = Vec::new();
+    for (offset, attempt) in leases {
+        match out.last_mut() {
+            Some(last) if last.attempt == attempt && last.first + u64::from(last.count) == offset => last.count += 1,
+            _ => out.push(OffsetRange { first: offset, count: 1, attempt }),
+        }
+    }
+    out
+}
+
+fn each(ranges: &[OffsetRange]) -> impl Iterator<Item = (u64, u32)> + '_ {
+    ranges.iter().flat_map(|range| (0..u64::from(range.count)).map(move |at| (range.first + at, range.attempt)))
+}
+
+impl Queue {
+    fn starting_at(offset: u64) -> Self {
+        Self { next: offset, settled: Offsets::starting_at(offset), leases: BTreeMap::new(), pending: BTreeMap::new() }
+    }
+
+    /// Lowest offset that was never granted.
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Every job below is settled.
+    pub(crate) fn floor(&self) -> u64 {
+        self.settled.floor()
+    }
+
+    /// Jobs handed out, by offset.
+    pub(crate) fn leases(&self) -> &BTreeMap<u64, Lease> {
+        &self.leases
+    }
+
+    /// Jobs that wait for their next attempt, by offset.
+    pub(crate) fn pending(&self) -> &BTreeMap<u64, Pending> {
+        &self.pending
+    }
+
+    /// Leased and pending jobs.
+    pub(crate) fn outstanding_count(&self) -> usize {
+        self.leases.len() + self.pending.len()
+    }
+
+    /// Whether `offset` is leased under `attempt`.
+    pub(crate) fn is_leased(&self, offset: u64, attempt: u32) -> bool {
+        self.leases.get(&offset).is_some_and(|lease| lease.attempt == attempt)
+    }
+
+    fn grant(&mut self, offset: u64, attempt: u32, holder: &Arc<Holder>) -> bool {
+        let is_next_attempt = self.pending.get(&offset).is_some_and(|pending| pending.attempt + 1 == attempt);
+        if is_next_attempt {
+            self.pending.remove(&offset);
+        } else if offset >= self.next && attempt == 1 {
+            // Jobs that the leader passed over are no longer in the log.
+            self.settled.insert_range(self.next, offset);
+            self.next = offset + 1;
+        } else {
+            return false;
+        }
+        self.leases.insert(offset, Lease { attempt, holder: holder.clone() });
+        true
+    }
+
+    fn end_lease(&mut self, offset: u64, attempt: u32) -> bool {
+        self.is_leased(offset, attempt) && self.leases.remove(&offset).is_some()
+    }
+
+    fn settle(&mut self, offset: u64) {
+        let is_new = self.settled.insert(offset);
+        assert!(is_new, "job {offset} was outstanding and settled at once");
+    }
+
+    fn command(&mut self, offset: u64, attempt: u32, command: &Command, holder: &Arc<Holder>) -> bool {
+        match command {
+            Command::Grant(_) => self.grant(offset, attempt, holder),
+            Command::Renew(_) => self.is_leased(offset, attempt),
+            Command::Ack(_) => {
+                let is_held = self.end_lease(offset, attempt);
+                if is_held {
+                    self.settle(offset);
+                }
+                is_held
+            }
+            Command::Nack(_) | Command::Expire(_) => {
+                let is_held = self.end_lease(offset, attempt);
+                if is_held {
+                    let delay_ms = if let Command::Nack(nack) = command { nack.delay_ms } else { 0 };
+                    self.pending.insert(offset, Pending { attempt, delay_ms });
+                }
+                is_held
+            }
+            Command::Bury(_) => {
+                let is_waiting = self.pending.get(&offset).is_some_and(|pending| pending.attempt == attempt);
+                if is_waiting {
+                    self.pending.remove(&offset);
+                    self.settle(offset);
+                }
+                is_waiting
+            }
+        }
+    }
+}
+
+/// The queues of one partition, by group.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Queues {
+    groups: BTreeMap<String, Queue>,
+}
+
+impl Queues {
+    pub(super) fn get(&self, group: &str) -> Option<&Queue> {
+        self.groups.get(group)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &Queue)> {
+        self.groups.iter().map(|(group, queue)| (group.as_str(), queue))
+    }
+
+    /// Applies the commands in order and says which leases each of them missed.
+    pub(super) fn apply(&mut self, record: &ControlRecord) -> QueueOutcome {
+        let commands = record.queue.iter().map(|command| {
+            let lost = command.command.as_ref().map(|inner| self.apply_command(&command.group, inner));
+            CommandOutcome { lost: lost.unwrap_or_default() }
+        });
+        QueueOutcome { commands: commands.collect() }
+    }
+
+    fn apply_command(&mut self, group: &str, command: &Command) -> Vec<OffsetRange> {
+        let mut holder = Arc::default();
+        let ranges = match command {
+            Command::Grant(grant) => {
+                holder = Arc::new(Holder {
+                    worker: grant.worker.clone(),
+                    operator_id: grant.operator_id.clone(),
+                    operator_version: grant.operator_version.clone(),
+                    lease_ms: grant.lease_ms,
+                });
+                // A group starts where the leader first grants from.
+                if let Some(start) = grant.ranges.iter().map(|range| range.first).min()
+                    && !self.groups.contains_key(group)
+                {
+                    self.groups.insert(group.to_owned(), Queue::starting_at(start));
+                }
+                &grant.ranges
+            }
+            Command::Ack(ack) => &ack.ranges,
+            Command::Nack(nack) => &nack.ranges,
+            Command::Renew(renew) => &renew.ranges,
+            Command::Expire(expire) => &expire.ranges,
+            Command::Bury(bury) => &bury.ranges,
+        };
+        let Some(queue) = self.groups.get_mut(group) else { return ranges.clone() };
+        let lost: Vec<_> =
+            each(ranges).filter(|(offset, attempt)| !queue.command(*offset, *attempt, command, &holder)).collect();
+        queue.settled.close_up();
+        ranges_of(lost)
+    }
+
+    pub(super) fn encode(&self) -> Vec<QueueState> {
+        self.groups.iter().map(|(group, queue)| encode_queue(group, queue)).collect()
+    }
+
+    pub(super) fn decode(states: Vec<QueueState>) -> Result<Self, DecodeError> {
+        let mut groups = BTreeMap::new();
+        // Workers take many jobs at a time: their leases share one holder.
+        let mut holders = HashSet::new();
+        for state in states {
+            let group = state.group.clone();
+            if groups.insert(group, decode_queue(state, &mut holders)?).is_some() {
+                return Err(DecodeError::Value { field: "queue given twice", value: groups.len() as u64 });
+            }
+        }
+        Ok(Self { groups })
+    }
+}
+
+fn encode_queue(group: &str, queue: &Queue) -> QueueState {
+    let leases = queue.leases.iter().map(|(offset, lease)| LeaseState {
+        offset: *offset,
+        attempt: lease.attempt,
+        worker: lease.holder.worker.clone(),
+        operator_id: lease.holder.operator_id.clone(),
+        operator_version: lease.holder.operator_version.clone(),
+        lease_ms: lease.holder.lease_ms,
+    });
+    let pending = queue.pending.iter().map(|(offset, pending)| PendingState {
+        offset: *offset,
+        attempt: pending.attempt,
+        delay_ms: pending.delay_ms,
+    });
+    QueueState {
+        group: group.to_owned(),
+        next: queue.next,
+        floor: queue.floor(),
+        settled: queue.settled.encode_above(),
+        leases: leases.collect(),
+        pending: pending.collect(),
+    }
+}
+
+fn decode_queue(state: QueueState, holders: &mut HashSet<Arc<Holder>>) -> Result<Queue, DecodeError> {
+    let mut queue = Queue::starting_at(state.next);
+    queue.settled = Offsets::decode(state.floor, &state.settled, "settled jobs")?;
+    let fits = |queue: &Queue, offset: u64| {
+        let is_free = !queue.leases.contains_key(&offset) && !queue.pending.contains_key(&offset);
+        if offset < queue.next && !queue.settled.contains(offset) && is_free {
+            Ok(())
+        } else {
+            Err(DecodeError::Value { field: "outstanding job", value: offset })
+        }
+    };
+    for lease in state.leases {
+        fits(&queue, lease.offset)?;
+        let holder = Holder {
+            worker: lease.worker,
+            operator_id: lease.operator_id,
+            operator_version: lease.operator_version,
+            lease_ms: lease.lease_ms,
+        };
+        let holder = match holders.get(&holder) {
+            Some(known) => known.clone(),
+            None => {
+                let holder = Arc::new(holder);
+                holders.insert(holder.clone());
+                holder
+            }
+        };
+        queue.leases.insert(lease.offset, Lease { attempt: lease.attempt, holder });
+    }
+    for pending in state.pending {
+        fits(&queue, pending.offset)?;
+        queue.pending.insert(pending.offset, Pending { attempt: pending.attempt, delay_ms: pending.delay_ms });
+    }
+    Ok(queue)
+}
