@@ -150,7 +150,7 @@ impl Machine {
 
     fn apply_entry(&mut self, entry: &Entry) -> Applied {
         if let Some(applied) = &self.applied {
-            assert_eq!(entry.log_id.index(), applied.index() + 1, "entries are applied in order, each once");
+            assert!(entry.log_id.index() > applied.index(), "entries are applied in order, each once");
         }
         let at = position(&entry.log_id);
         let mut answer = Applied { position: at, base_offset: self.next_offset, time_ms: 0, outcome: Bytes::new() };
@@ -220,7 +220,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
-        RetentionSnapshot { log: self.log.clone() }
+        RetentionSnapshot { log: self.log.clone(), current: self.encode_checkpoint() }
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Bytes) -> Result<(), io::Error> {
@@ -246,16 +246,24 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 }
 
-/// Gives the checkpoint of the retention point; there is none before the first retention.
+/// Gives the checkpoint of the retention point. Without one nothing was purged and nobody needs
+/// a snapshot, unless its file was lost: then the present state is the oldest there is.
 pub(crate) struct RetentionSnapshot {
     log: Log,
+    current: Bytes,
 }
 
 impl RaftSnapshotBuilder<TypeConfig> for RetentionSnapshot {
     type SnapshotData = Bytes;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        current_snapshot(&self.log)?.ok_or_else(|| io::Error::other("no retention point yet, nothing to snapshot"))
+        if let Some(snapshot) = current_snapshot(&self.log)? {
+            return Ok(snapshot);
+        }
+        if self.log.purged().is_none() {
+            return Err(io::Error::other("nothing was purged, there is nothing to snapshot"));
+        }
+        decode_snapshot(self.current.clone())
     }
 }
 
@@ -265,6 +273,10 @@ fn current_snapshot(log: &Log) -> io::Result<Option<Snapshot>> {
         return Ok(None);
     };
     let bytes = log.load_checkpoint(kind, at)?;
+    decode_snapshot(bytes).map(Some)
+}
+
+fn decode_snapshot(bytes: Bytes) -> io::Result<Snapshot> {
     let checkpoint = decode_checkpoint(&bytes)?;
     let membership = from_wire_membership(checkpoint.membership.unwrap_or_default())
         .ok_or_else(|| io::Error::other("checkpoint holds a malformed membership"))?;
@@ -273,5 +285,5 @@ fn current_snapshot(log: &Log) -> io::Result<Option<Snapshot>> {
         last_log_id: checkpoint.applied.map(from_wire_log_id),
         last_membership: StoredMembership::new(membership_id, membership),
     };
-    Ok(Some(Snapshot { meta, snapshot: bytes }))
+    Ok(Snapshot { meta, snapshot: bytes })
 }

@@ -162,7 +162,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
         // Past the end, openraft would refuse to start: the log may have lost an unflushed tail
         // that a majority had committed.
-        Ok(self.log.committed().min(self.log.last()).map(log_id))
+        // What is purged says nothing new: the state machine's checkpoint covers it.
+        let committed = self.log.committed().min(self.log.last());
+        Ok(committed.filter(|committed| Some(*committed) > self.log.purged()).map(log_id))
     }
 
     async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
