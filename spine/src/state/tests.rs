@@ -2,7 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use arqon_proto::{Header, Offset, RaftIndex, Term, encode_stamps, limits, wire::*};
+use arqon_proto::{
+    Header, Offset, RaftIndex, Term, encode_stamps, limits,
+    wire::{
+        ControlRecord, Duplicate, JobScopeState, LeaseState, OffsetRange, ProducerState, QueueAck, QueueBury,
+        QueueCommand, QueueExpire, QueueGrant, QueueNack, QueueRenew, QueueState, StampSource, Stamps, queue_command,
+    },
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -278,6 +284,7 @@ fn any_step() -> impl Strategy<Value = Step> {
 fn take_step(step: &Step, model: &mut BTreeMap<u64, Model>) -> Option<(queue_command::Command, bool)> {
     use queue_command::Command::{Ack, Bury, Expire, Nack, Renew};
     let ranges = |offset: u64, attempt: u32| ranges_of([(offset, attempt)]);
+    let before = model.clone();
     let mut change = |offset: u64, from: Model, to: Model| {
         let fits = model.get(&offset) == Some(&from);
         if fits {
@@ -293,7 +300,7 @@ fn take_step(step: &Step, model: &mut BTreeMap<u64, Model>) -> Option<(queue_com
             (grant(offsets.map(|offset| (offset, 1))), true)
         }
         Step::GrantAgain(ref at) => {
-            let pending: Vec<_> = model
+            let pending: Vec<_> = before
                 .iter()
                 .filter_map(
                     |(offset, job)| if let Model::Pending(attempt) = job { Some((*offset, *attempt)) } else { None },
