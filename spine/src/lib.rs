@@ -1,1 +1,39 @@
-//! placeholder
+//! The broker: topics, partitions and queues over Raft groups, and the ports of a node.
+//!
+//! ```text
+//!   clients     control plane     monitoring            other nodes
+//!      |              |               |                      |
+//!   session.rs    control.rs       admin.rs             arqon_raft::Host
+//!      \______________|_______________/                      |
+//!                 broker.rs  -- metadata/  (topics, placement, lease keys: one Raft group)
+//!                     |      -- operators.rs (who is alive)
+//!                 replicas.rs
+//!                     |
+//!                 partition/  (produce, fetch, queues: one Raft group each)
+//!                     |
+//!                  state/     (pure: de-duplication and queues)
+//! ```
+//!
+//! A node is started from a [`Config`] with [`Node::start`]. Nothing here knows openraft or
+//! files: that is `arqon_raft` and `arqon_storage`.
+
+mod admin;
+mod broker;
+mod clock;
+mod config;
+mod control;
+mod error;
+mod metadata;
+mod metrics;
+mod node;
+mod operators;
+mod partition;
+mod replicas;
+mod session;
+mod state;
+
+pub use config::{
+    Auth, AuthKey, Backend, CLUSTER_SECRET_SIZE_MIN, Config, ConfigError, Listen, ListenAddresses, Log, Peer, Secret,
+    Storage,
+};
+pub use node::{Listeners, Node, StartError};

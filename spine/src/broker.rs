@@ -1,0 +1,482 @@
+//! What all edges of a node share: finding topics, partitions and leaders, and asking other
+//! nodes.
+//!
+//! ```text
+//!   session.rs, control.rs --> Broker --> replicas.rs --> Partition     (led or held here)
+//!                                 |-----> Host::forward --> Broker      (another node)
+//!                                 '-----> metadata/                     (topics, lease keys)
+//! ```
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
+};
+
+use arqon_proto::{
+    Batch, GroupId, LeaseKey, NodeId, OPERATOR_TOPIC, SYSTEM_TENANT, Session, Verb, Verifier, decode_frame,
+    encode_frame, wire,
+};
+use arqon_raft::{ForwardError, Host};
+use arqon_storage::Store;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use futures_util::future::{BoxFuture, join_all};
+use prost::Message;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+use wire::{ErrorCode, frame::Body};
+
+use crate::{
+    clock,
+    error::{error, not_found, not_leader},
+    metadata::{FORWARD_KIND as METADATA_KIND, MetadataGroup, MetadataState, Topic},
+    metrics::Metrics,
+    operators::Operators,
+    partition::{Partition, Services},
+    replicas::Replicas,
+};
+
+const PRODUCE_KIND: &str = "produce";
+const REPORT_KIND: &str = "report";
+/// How long another node may take to report on itself.
+const REPORT_PATIENCE: Duration = Duration::from_secs(1);
+/// How often nodes are asked who leads what, while some topic has no replica here.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// How long the creation of a topic waits for leaders.
+const LEADERS_PATIENCE: Duration = Duration::from_secs(10);
+const LEADERS_POLL_DELAY: Duration = Duration::from_millis(20);
+
+/// What a node tells others of itself.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Report {
+    /// Groups that it leads and takes writes for.
+    #[prost(uint64, repeated, tag = "1")]
+    pub led: Vec<u64>,
+    /// How far its metadata is.
+    #[prost(uint64, tag = "2")]
+    pub next_group: u64,
+    /// Whether all its replicas are open.
+    #[prost(bool, tag = "3")]
+    pub complete: bool,
+    /// Replicas on it.
+    #[prost(uint32, tag = "4")]
+    pub replica_count: u32,
+    /// One line for each replica that does not work.
+    #[prost(string, repeated, tag = "5")]
+    pub problems: Vec<String>,
+}
+
+/// The shared part of a node.
+pub(crate) struct Broker {
+    pub node: NodeId,
+    pub cluster: String,
+    /// All nodes as this one is told to reach them, by number.
+    pub nodes: Vec<wire::NodeInfo>,
+    pub host: Host,
+    pub store: Store,
+    pub metadata: MetadataGroup,
+    pub replicas: Arc<Replicas>,
+    pub operators: Operators,
+    pub verifier: Verifier,
+    pub metrics: Arc<Metrics>,
+    pub stopping: watch::Sender<bool>,
+    /// Leaders of groups without a replica here, as other nodes told.
+    pub leaders: Mutex<HashMap<GroupId, NodeId>>,
+}
+
+impl Broker {
+    /// What `token` grants now.
+    ///
+    /// # Errors
+    /// AUTHENTICATION_FAILED, saying why but not repeating the token.
+    pub(crate) fn authenticate(&self, token: &str) -> Result<Session, wire::Error> {
+        self.verifier
+            .verify(token, clock::now_seconds())
+            .map_err(|refused| error(ErrorCode::AuthenticationFailed, refused.to_string()))
+    }
+
+    /// The topic `name` as `session` sees it.
+    ///
+    /// # Errors
+    /// TARGET_NOT_FOUND naming it.
+    pub(crate) fn topic(&self, session: &Session, name: &str) -> Result<Arc<Topic>, wire::Error> {
+        self.topic_of(tenant_of(session, name), name)
+    }
+
+    fn topic_of(&self, tenant: &str, name: &str) -> Result<Arc<Topic>, wire::Error> {
+        let published = self.metadata.published();
+        published.state.topic(tenant, name).cloned().ok_or_else(|| not_found("topic", name))
+    }
+
+    /// The local replica of a partition.
+    ///
+    /// # Errors
+    /// TARGET_NOT_FOUND naming topic or partition; NOT_LEADER with the leader's address when
+    /// there is no replica here that works.
+    pub(crate) fn partition(&self, session: &Session, name: &str, partition: u32) -> Result<Partition, wire::Error> {
+        let topic = self.topic(session, name)?;
+        self.local_partition(&topic, partition)
+    }
+
+    fn local_partition(&self, topic: &Topic, partition: u32) -> Result<Partition, wire::Error> {
+        let placement = topic
+            .partitions
+            .get(partition as usize)
+            .ok_or_else(|| not_found("partition", &format!("{}/{partition}", topic.config.name)))?;
+        self.replicas.get(GroupId(placement.group)).ok_or_else(|| {
+            let elsewhere = self.leader(placement).filter(|leader| *leader != self.node);
+            not_leader(elsewhere.and_then(|leader| self.client_address(leader)))
+        })
+    }
+
+    /// The leader of a partition, as far as it is known here.
+    pub(crate) fn leader(&self, placement: &wire::PartitionPlacement) -> Option<NodeId> {
+        let group = GroupId(placement.group);
+        if let Some(partition) = self.replicas.get(group) {
+            return partition.group().status().leader;
+        }
+        if let [only] = placement.replicas.as_slice() {
+            return Some(NodeId(only.node));
+        }
+        self.leaders.lock().unwrap_or_else(PoisonError::into_inner).get(&group).copied()
+    }
+
+    /// `host:port` of a node's client port.
+    pub(crate) fn client_address(&self, node: NodeId) -> Option<String> {
+        self.nodes.iter().find(|info| info.node == node.0).map(|info| info.client_address.clone())
+    }
+
+    /// A topic as clients see it.
+    pub(crate) fn describe(&self, topic: &Topic) -> wire::TopicDescription {
+        let config = &topic.config;
+        let address = |node: u64| self.client_address(NodeId(node)).unwrap_or_default();
+        let partition = |(index, placement): (usize, &wire::PartitionPlacement)| {
+            let leader = self.leader(placement).map_or(0, |leader| leader.0);
+            wire::PartitionDescription {
+                partition: index as u32,
+                leader_node: leader,
+                leader_address: if leader == 0 { String::new() } else { address(leader) },
+                replica_nodes: placement.replicas.iter().map(|at| at.node).collect(),
+                replica_addresses: placement.replicas.iter().map(|at| address(at.node)).collect(),
+            }
+        };
+        wire::TopicDescription {
+            topic: config.name.clone(),
+            class: config.class.clone(),
+            partitions: topic.partitions.iter().enumerate().map(partition).collect(),
+            replication: config.replication,
+            retention_ms: config.retention_ms,
+            retention_bytes: config.retention_bytes,
+            attempts_max: config.attempts_max,
+            results_topic: config.results_topic.clone(),
+        }
+    }
+
+    /// Creates a topic and waits until its partitions can be written to.
+    ///
+    /// # Errors
+    /// What the metadata refuses. A topic whose leaders are late is no error.
+    pub(crate) async fn create_topic(&self, config: wire::TopicConfig) -> Result<Arc<Topic>, wire::Error> {
+        let (tenant, name) = (config.tenant.clone(), config.name.clone());
+        let request_id = Bytes::copy_from_slice(uuid::Uuid::now_v7().as_bytes());
+        let command = wire::CreateTopicCommand { config: Some(config), request_id };
+        self.metadata.submit(wire::metadata_command::Command::CreateTopic(command)).await?;
+        let created = async {
+            let mut published = self.metadata.watch();
+            let known = published.wait_for(|published| published.state.topic(&tenant, &name).is_some()).await;
+            drop(known);
+            self.wait_for_leaders(&tenant, &name).await;
+        };
+        timeout(LEADERS_PATIENCE, created).await.ok();
+        self.topic_of(&tenant, &name)
+    }
+
+    /// Deletes a topic.
+    ///
+    /// # Errors
+    /// What the metadata refuses.
+    pub(crate) async fn delete_topic(&self, tenant: String, name: String) -> Result<(), wire::Error> {
+        let command = wire::DeleteTopicCommand { tenant: tenant.clone(), name: name.clone() };
+        self.metadata.submit(wire::metadata_command::Command::DeleteTopic(command)).await?;
+        let mut published = self.metadata.watch();
+        let gone = published.wait_for(|published| published.state.topic(&tenant, &name).is_none());
+        timeout(LEADERS_PATIENCE, gone).await.map(drop).ok();
+        Ok(())
+    }
+
+    /// Why the node should get no clients now, if so.
+    pub(crate) fn not_ready(&self) -> Option<String> {
+        let status = self.metadata.group().status();
+        if *self.stopping.borrow() {
+            return Some("the node is shutting down".to_owned());
+        }
+        if let Some(reason) = status.stopped {
+            return Some(format!("the metadata group has stopped: {reason}"));
+        }
+        if status.leader.is_none() {
+            return Some("the metadata group has no leader".to_owned());
+        }
+        let published = self.metadata.published();
+        if published.state.nodes().is_empty() || published.lease_keys.is_empty() {
+            return Some("the cluster is not formed yet".to_owned());
+        }
+        if let Some(problem) = self.replicas.problems().into_iter().next() {
+            return Some(problem);
+        }
+        (!self.replicas.complete(&published.state)).then(|| "replicas are being opened".to_owned())
+    }
+
+    // Until every partition of the topic and of those made with it has a leader, and every
+    // node that answers knows the topic, so that clients may go to any of them.
+    async fn wait_for_leaders(&self, tenant: &str, name: &str) {
+        loop {
+            let published = self.metadata.published();
+            let Some(topic) = published.state.topic(tenant, name) else { return };
+            let dead = format!("{name}.dead");
+            let made = [name, &topic.config.results_topic, &dead].map(|name| published.state.topic(tenant, name));
+            let groups = made.into_iter().flatten().flat_map(|topic| &topic.partitions).map(|at| at.group);
+            let reports = self.reports().await;
+            let led = |group: u64| reports.iter().any(|(_, report)| report.led.contains(&group));
+            let is_known = reports.iter().all(|(_, report)| report.next_group >= published.state.next_group());
+            let ready: Vec<bool> = groups.map(led).collect();
+            if is_known && ready.into_iter().all(|led| led) {
+                return;
+            }
+            sleep(LEADERS_POLL_DELAY).await;
+        }
+    }
+
+    /// What this node tells others of itself.
+    pub(crate) fn report(&self) -> Report {
+        let published = self.metadata.published();
+        let open = self.replicas.open();
+        let led = open.iter().filter(|partition| partition.group().status().ready);
+        Report {
+            led: led.map(|partition| partition.group_id().0).collect(),
+            next_group: published.state.next_group(),
+            complete: self.replicas.complete(&published.state),
+            replica_count: open.len() as u32,
+            problems: self.replicas.problems(),
+        }
+    }
+
+    /// The reports of this node and of all others that answer within a second.
+    pub(crate) async fn reports(&self) -> Vec<(NodeId, Report)> {
+        let others = self.nodes.iter().map(|info| NodeId(info.node)).filter(|node| *node != self.node);
+        let asked = others.filter(|node| self.host.peer_reachable(*node)).map(|node| async move {
+            let answer =
+                timeout(REPORT_PATIENCE, self.host.forward(node, REPORT_KIND, Bytes::new())).await.ok()?.ok()?;
+            Some((node, Report::decode(answer).ok()?))
+        });
+        let mut reports: Vec<_> = join_all(asked).await.into_iter().flatten().collect();
+        reports.push((self.node, self.report()));
+        reports.sort_by_key(|(node, _)| node.0);
+        reports
+    }
+
+    /// Keeps up with the leaders of partitions that have no replica here, until stopped.
+    pub(crate) async fn run_leader_watch(self: Arc<Self>) {
+        let mut stopping = self.stopping.subscribe();
+        loop {
+            let published = self.metadata.published();
+            let elsewhere = |at: &wire::PartitionPlacement| {
+                at.replicas.len() > 1 && !at.replicas.iter().any(|at| at.node == self.node.0)
+            };
+            if published.state.topics().any(|topic| topic.partitions.iter().any(elsewhere)) {
+                let reports = self.reports().await;
+                let leaders =
+                    reports.iter().flat_map(|(node, report)| report.led.iter().map(|group| (GroupId(*group), *node)));
+                *self.leaders.lock().unwrap_or_else(PoisonError::into_inner) = leaders.collect();
+            }
+            tokio::select! {
+                () = sleep(REPORT_INTERVAL) => {}
+                _ = stopping.wait_for(|stopping| *stopping) => return,
+            }
+        }
+    }
+
+    /// Answers a request that another node of the cluster forwarded.
+    pub(crate) async fn handle_forward(&self, kind: String, body: Bytes) -> Result<Bytes, String> {
+        match kind.as_str() {
+            METADATA_KIND => Ok(self.metadata.handle_forward(body).await),
+            REPORT_KIND => Ok(self.report().encode_to_vec().into()),
+            PRODUCE_KIND => self.handle_produce(body).await,
+            other => Err(format!("this node does not know requests of the kind {other:?}")),
+        }
+    }
+
+    async fn handle_produce(&self, body: Bytes) -> Result<Bytes, String> {
+        let (tenant, request, batch) = decode_produce(body).map_err(|error| error.to_string())?;
+        let produced = async {
+            let topic = self.topic_of(&tenant, &request.topic)?;
+            let partition = self.local_partition(&topic, request.partition)?;
+            partition.produce(request, batch).await
+        };
+        let body = match produced.await {
+            Ok(produced) => Body::Produced(produced),
+            Err(refused) => Body::Error(refused),
+        };
+        let frame = wire::Frame { request_id: 0, body: Some(body) };
+        encode_frame(&frame, 0).map_err(|error| error.to_string())
+    }
+
+    // On the leader, wherever it is; one change of leader is followed.
+    async fn produce_anywhere(
+        &self,
+        tenant: String,
+        request: wire::Produce,
+        batch: Batch,
+    ) -> Result<wire::Produced, wire::Error> {
+        let topic = self.topic_of(&tenant, &request.topic)?;
+        let deadline = Instant::now() + LEADERS_PATIENCE;
+        loop {
+            let answer = self.produce_once(&tenant, &topic, &request, &batch).await;
+            let is_late = Instant::now() >= deadline;
+            match answer {
+                Err(refused) if refused.code() == ErrorCode::NotLeader && !is_late => sleep(LEADERS_POLL_DELAY).await,
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn produce_once(
+        &self,
+        tenant: &str,
+        topic: &Topic,
+        request: &wire::Produce,
+        batch: &Batch,
+    ) -> Result<wire::Produced, wire::Error> {
+        let name = || format!("{}/{}", topic.config.name, request.partition);
+        let placement =
+            topic.partitions.get(request.partition as usize).ok_or_else(|| not_found("partition", &name()))?;
+        let Some(leader) = self.leader(placement) else {
+            return Err(not_leader(None));
+        };
+        if leader == self.node {
+            return self.local_partition(topic, request.partition)?.produce(request.clone(), batch.clone()).await;
+        }
+        let body = encode_produce(tenant, request, batch)?;
+        let answer = self.host.forward(leader, PRODUCE_KIND, body).await.map_err(|failure| match failure {
+            ForwardError::Refused(reason) => error(ErrorCode::NotLeader, reason),
+            ForwardError::Unreachable { .. } => error(ErrorCode::UnknownOutcome, failure.to_string()),
+        })?;
+        let malformed = || error(ErrorCode::UnknownOutcome, format!("the answer of node {leader} is malformed"));
+        match decode_frame::<wire::Frame>(answer).map_err(|_| malformed())?.0.body {
+            Some(Body::Produced(produced)) => Ok(produced),
+            Some(Body::Error(refused)) => Err(refused),
+            _ => Err(malformed()),
+        }
+    }
+}
+
+/// Whose topic `name` is: the session's, but for the one that all tenants share.
+fn tenant_of<'a>(session: &'a Session, name: &str) -> &'a str {
+    if name == OPERATOR_TOPIC { SYSTEM_TENANT } else { &session.tenant }
+}
+
+/// Checks that `session` allows `verb` on `topic`.
+///
+/// # Errors
+/// AUTHORIZATION_DENIED naming both.
+pub(crate) fn authorize(session: &Session, verb: Verb, topic: &str) -> Result<(), wire::Error> {
+    if session.allows(verb, topic) {
+        return Ok(());
+    }
+    let shown: String = topic.chars().take(200).collect();
+    let message = format!("the token does not allow {verb}:{shown}");
+    Err(wire::Error { field: shown, ..error(ErrorCode::AuthorizationDenied, message) })
+}
+
+/// Checks that `session` may know of `topic`: whoever may do anything with it, and operators,
+/// which look up where results go.
+///
+/// # Errors
+/// AUTHORIZATION_DENIED naming it.
+pub(crate) fn authorize_describe(session: &Session, topic: &str) -> Result<(), wire::Error> {
+    let may = [Verb::Publish, Verb::Admin].into_iter().any(|verb| session.allows(verb, topic));
+    let is_operator = session.executes_any() && !topic.starts_with("system.");
+    if may || is_operator { Ok(()) } else { authorize(session, Verb::Subscribe, topic) }
+}
+
+// 2 tenant size | tenant | frame with the request | batch
+fn encode_produce(tenant: &str, request: &wire::Produce, batch: &Batch) -> Result<Bytes, wire::Error> {
+    let frame = wire::Frame { request_id: 0, body: Some(Body::Produce(request.clone())) };
+    let too_large = |cause: arqon_proto::DecodeError| error(ErrorCode::ValidationError, cause.to_string());
+    let head = encode_frame(&frame, batch.header.batch_size()).map_err(too_large)?;
+    let mut out = BytesMut::with_capacity(2 + tenant.len() + head.len() + batch.header.batch_size());
+    out.put_u16_le(tenant.len() as u16);
+    out.extend_from_slice(tenant.as_bytes());
+    out.extend_from_slice(&head);
+    batch.encode_into(&mut out);
+    Ok(out.freeze())
+}
+
+fn decode_produce(mut body: Bytes) -> Result<(String, wire::Produce, Batch), arqon_proto::DecodeError> {
+    use arqon_proto::DecodeError::{Protobuf, Text, Truncated};
+    let have = body.len();
+    let cut = |need| Truncated { what: "forwarded produce", need, have };
+    if have < 2 {
+        return Err(cut(2));
+    }
+    let tenant_size = usize::from(body.get_u16_le());
+    if body.len() < tenant_size {
+        return Err(cut(2 + tenant_size));
+    }
+    let tenant = String::from_utf8(body.split_to(tenant_size).into()).map_err(|_| Text { field: "tenant" })?;
+    let (frame, mut rest) = decode_frame::<wire::Frame>(body)?;
+    let Some(Body::Produce(request)) = frame.body else {
+        return Err(Protobuf { what: "forwarded produce" });
+    };
+    let batch = Batch::split_from(&mut rest)?;
+    Ok((tenant, request, batch))
+}
+
+/// The broker as its partitions see it. Weak: the broker holds the partitions.
+pub(crate) struct BrokerServices(pub Weak<Broker>);
+
+impl Services for BrokerServices {
+    fn lease_keys(&self) -> Arc<[LeaseKey]> {
+        self.0.upgrade().map(|broker| broker.metadata.published().lease_keys.clone()).unwrap_or_default()
+    }
+
+    fn node_client_address(&self, node: NodeId) -> Option<String> {
+        self.0.upgrade()?.client_address(node)
+    }
+
+    fn partition_count(&self, tenant: &str, topic: &str) -> Option<u32> {
+        let published = self.0.upgrade()?.metadata.published();
+        published.state.topic(tenant, topic).map(|topic| topic.partitions.len() as u32)
+    }
+
+    fn produce_routed(
+        &self,
+        tenant: String,
+        request: wire::Produce,
+        batch: Batch,
+    ) -> BoxFuture<'static, Result<wire::Produced, wire::Error>> {
+        let broker = self.0.clone();
+        Box::pin(async move {
+            match broker.upgrade() {
+                Some(broker) => broker.produce_anywhere(tenant, request, batch).await,
+                None => Err(error(ErrorCode::Overloaded, "the node is shutting down")),
+            }
+        })
+    }
+
+    fn now_ms(&self) -> u64 {
+        clock::now_ms()
+    }
+}
+
+impl Broker {
+    /// Number of topics and partitions, and partitions that nobody leads by `reports`.
+    pub(crate) fn counts(state: &MetadataState, reports: &[(NodeId, Report)]) -> (u32, u32, u32) {
+        let led: std::collections::HashSet<u64> =
+            reports.iter().flat_map(|(_, report)| report.led.iter().copied()).collect();
+        let groups = || state.topics().flat_map(|topic| &topic.partitions);
+        let leaderless = groups().filter(|at| !led.contains(&at.group)).count();
+        (state.topics().count() as u32, groups().count() as u32, leaderless as u32)
+    }
+}

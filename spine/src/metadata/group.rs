@@ -1,0 +1,270 @@
+//! The metadata's Raft group: one replica on every configured node.
+
+use std::{sync::Arc, time::Duration};
+
+use arqon_proto::{Batch, BatchKind, DecodeError, GroupId, LEASE_KEY_SIZE, LeaseKey, NodeId, ReplicaId, wire};
+use arqon_raft::{ForwardError, Group, GroupSpec, Host, OpenError, ProposeError, StateMachine};
+use bytes::{BufMut, Bytes, BytesMut};
+use prost::Message;
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+use wire::{ErrorCode, metadata_command::Command};
+
+use super::MetadataState;
+use crate::{clock, error::error};
+
+/// The kind under which commands are forwarded to the leader's node.
+pub(crate) const FORWARD_KIND: &str = "metadata";
+/// How long a command may take, elections included.
+const SUBMIT_PATIENCE: Duration = Duration::from_secs(10);
+const RETRY_DELAY: Duration = Duration::from_millis(50);
+/// A new lease key takes over after this time under one leader.
+const LEASE_KEY_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+const OUTCOME_OK: u8 = 0;
+const OUTCOME_REFUSED: u8 = 1;
+
+/// The applied state, and what is derived from it once for all readers.
+#[derive(Default)]
+pub(crate) struct Published {
+    /// The state.
+    pub state: MetadataState,
+    /// Its lease keys, the newest last.
+    pub lease_keys: Arc<[LeaseKey]>,
+}
+
+struct Machine {
+    state: MetadataState,
+    published: watch::Sender<Arc<Published>>,
+}
+
+impl Machine {
+    fn publish(&self) {
+        let lease_keys = self.state.lease_keys().into();
+        self.published.send_replace(Arc::new(Published { state: self.state.clone(), lease_keys }));
+    }
+}
+
+impl StateMachine for Machine {
+    fn apply(&mut self, batch: &Batch) -> Bytes {
+        if batch.header.kind != BatchKind::Control {
+            return Bytes::new();
+        }
+        let outcome = match wire::MetadataCommand::decode(batch.records.clone()) {
+            Ok(command) => self.state.apply(command),
+            // Every replica sees the same bytes and refuses them alike.
+            Err(_) => Err(error(ErrorCode::ValidationError, "the command is not valid protobuf")),
+        };
+        if outcome.is_ok() {
+            self.publish();
+        }
+        encode_outcome(outcome.map(|_| ()))
+    }
+
+    fn checkpoint(&self) -> Bytes {
+        self.state.encode()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DecodeError> {
+        self.state = MetadataState::decode(state)?;
+        self.publish();
+        Ok(())
+    }
+}
+
+fn encode_outcome(outcome: Result<(), wire::Error>) -> Bytes {
+    let mut out = BytesMut::new();
+    match outcome {
+        Ok(()) => out.put_u8(OUTCOME_OK),
+        Err(refused) => {
+            out.put_u8(OUTCOME_REFUSED);
+            out.extend_from_slice(&refused.encode_to_vec());
+        }
+    }
+    out.freeze()
+}
+
+fn decode_outcome(outcome: &[u8]) -> Result<(), wire::Error> {
+    match outcome.split_first() {
+        Some((&OUTCOME_OK, _)) => Ok(()),
+        Some((&OUTCOME_REFUSED, refused)) => Err(wire::Error::decode(refused)
+            .unwrap_or_else(|_| error(ErrorCode::InternalError, "the metadata leader's answer is malformed"))),
+        _ => Err(error(ErrorCode::InternalError, "the metadata leader's answer is malformed")),
+    }
+}
+
+/// Handle of the local replica.
+#[derive(Clone)]
+pub(crate) struct MetadataGroup {
+    node: NodeId,
+    host: Host,
+    group: Group,
+    published: watch::Receiver<Arc<Published>>,
+}
+
+impl MetadataGroup {
+    /// Opens the local replica; on a new cluster all of `nodes` are its voters.
+    pub(crate) async fn open(host: &Host, node: NodeId, nodes: &[wire::NodeInfo]) -> Result<Self, OpenError> {
+        let (sender, published) = watch::channel(Arc::new(Published::default()));
+        let machine = Machine { state: MetadataState::default(), published: sender };
+        let initial: Vec<_> = nodes.iter().map(|info| (ReplicaId(info.node), NodeId(info.node))).collect();
+        let spec = GroupSpec {
+            group: GroupId::METADATA,
+            replica: ReplicaId(node.0),
+            first: nodes.iter().map(|info| info.node).min() == Some(node.0),
+            initial,
+        };
+        let group = host.open(spec, Box::new(machine)).await?;
+        Ok(Self { node, host: host.clone(), group, published })
+    }
+
+    /// The Raft group.
+    pub(crate) fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// What has been applied here.
+    pub(crate) fn published(&self) -> Arc<Published> {
+        self.published.borrow().clone()
+    }
+
+    /// Follows what is applied here.
+    pub(crate) fn watch(&self) -> watch::Receiver<Arc<Published>> {
+        self.published.clone()
+    }
+
+    /// Carries a command out, on whichever node leads, within ten seconds.
+    ///
+    /// # Errors
+    /// What the state machine refuses; OVERLOADED when no leader was found in time, and
+    /// UNKNOWN_OUTCOME when one was but did not answer.
+    pub(crate) async fn submit(&self, command: Command) -> Result<(), wire::Error> {
+        let deletes = matches!(command, Command::DeleteTopic(_));
+        let bytes = Bytes::from(wire::MetadataCommand { command: Some(command) }.encode_to_vec());
+        let deadline = Instant::now() + SUBMIT_PATIENCE;
+        let mut may_be_done = false;
+        loop {
+            let answer = self.attempt(bytes.clone()).await;
+            match answer {
+                Err(refused) if refused.code() == ErrorCode::NotLeader => {}
+                Err(refused) if refused.code() == ErrorCode::UnknownOutcome => may_be_done = true,
+                // A deletion that was carried out before its answer got lost.
+                Err(refused) if deletes && may_be_done && refused.code() == ErrorCode::TargetNotFound => return Ok(()),
+                answer => return answer,
+            }
+            if Instant::now() >= deadline {
+                return Err(if may_be_done {
+                    error(
+                        ErrorCode::UnknownOutcome,
+                        "the metadata leader did not answer: the change may or may not be made",
+                    )
+                } else {
+                    error(ErrorCode::Overloaded, "the cluster has no metadata leader now")
+                });
+            }
+            sleep(RETRY_DELAY).await;
+        }
+    }
+
+    async fn attempt(&self, command: Bytes) -> Result<(), wire::Error> {
+        let status = self.group.status();
+        let leader = status.leader.filter(|leader| *leader != self.node);
+        match leader {
+            Some(leader) if !status.is_leader => match self.host.forward(leader, FORWARD_KIND, command).await {
+                Ok(outcome) => decode_outcome(&outcome),
+                Err(ForwardError::Refused(reason)) => Err(error(ErrorCode::NotLeader, reason)),
+                Err(ForwardError::Unreachable { reason, .. }) => Err(error(ErrorCode::UnknownOutcome, reason)),
+            },
+            _ => self.propose(command).await,
+        }
+    }
+
+    /// Carries out a command that another node forwarded; only if this node leads.
+    pub(crate) async fn handle_forward(&self, command: Bytes) -> Bytes {
+        encode_outcome(self.propose(command).await)
+    }
+
+    async fn propose(&self, command: Bytes) -> Result<(), wire::Error> {
+        let status = self.group.status();
+        if !status.ready {
+            return Err(error(ErrorCode::NotLeader, "this node does not lead the metadata group"));
+        }
+        if command.len() > arqon_proto::limits::RECORD_SIZE_MAX {
+            return Err(error(ErrorCode::ValidationError, "the metadata command is too large"));
+        }
+        let mut batch = Batch::internal(BatchKind::Control, command);
+        batch.header.time_ms = clock::now_ms();
+        let proposal = self.group.propose(status.term, batch).await.map_err(propose_error)?;
+        let applied = proposal.await.map_err(propose_error)?;
+        decode_outcome(&applied.outcome)
+    }
+
+    /// What the leader does of itself: forms the cluster, and keeps lease keys fresh. Runs
+    /// until the group stops.
+    pub(crate) async fn run_duties(self, nodes: Vec<wire::NodeInfo>) {
+        let mut status = self.group.watch();
+        while status.wait_for(|status| status.ready).await.is_ok() {
+            let lost = tokio::select! {
+                () = self.lead(&nodes) => continue,
+                lost = status.wait_for(|status| !status.ready) => lost,
+            };
+            if lost.is_err() {
+                return;
+            }
+        }
+    }
+
+    // Returns when something went wrong and should be tried again.
+    async fn lead(&self, nodes: &[wire::NodeInfo]) {
+        let mut key_due = Instant::now() + LEASE_KEY_LIFETIME;
+        loop {
+            let published = self.published();
+            let command = if published.state.nodes().is_empty() {
+                Command::FormCluster(wire::FormClusterCommand { nodes: nodes.to_vec() })
+            } else if published.lease_keys.is_empty() || Instant::now() >= key_due {
+                match new_lease_key(&published.state) {
+                    Ok(command) => command,
+                    Err(reason) => {
+                        tracing::error!(reason, "no new lease key");
+                        sleep(Duration::from_secs(1)).await;
+                        return;
+                    }
+                }
+            } else {
+                tokio::time::sleep_until(key_due).await;
+                continue;
+            };
+            let is_key = matches!(command, Command::AddLeaseKey(_));
+            match self.submit(command).await {
+                Ok(()) if is_key => key_due = Instant::now() + LEASE_KEY_LIFETIME,
+                Ok(()) => tracing::info!(nodes = nodes.len(), "cluster formed"),
+                // Another leader was faster; its change is applied here soon.
+                Err(refused) => {
+                    tracing::debug!(refused = refused.message, "metadata duty not done");
+                    let mut published = self.watch();
+                    timeout(Duration::from_secs(1), published.changed()).await.ok();
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn new_lease_key(state: &MetadataState) -> Result<Command, &'static str> {
+    let mut secret = [0; LEASE_KEY_SIZE];
+    SystemRandom::new().fill(&mut secret).map_err(|_| "the system gives no randomness")?;
+    let secret = Bytes::copy_from_slice(&secret);
+    Ok(Command::AddLeaseKey(wire::AddLeaseKeyCommand { key_id: state.next_lease_key_id(), secret }))
+}
+
+fn propose_error(cause: ProposeError) -> wire::Error {
+    match cause {
+        ProposeError::NotLeader { .. } => error(ErrorCode::NotLeader, cause.to_string()),
+        ProposeError::UnknownOutcome(_) => error(ErrorCode::UnknownOutcome, cause.to_string()),
+        ProposeError::Overloaded => error(ErrorCode::Overloaded, cause.to_string()),
+        ProposeError::Stopped(_) => error(ErrorCode::InternalError, cause.to_string()),
+    }
+}

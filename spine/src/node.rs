@@ -1,0 +1,355 @@
+//! A broker node: everything above, started and stopped in the right order.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use arqon_proto::{OPERATOR_TOPIC, SYSTEM_TENANT, wire};
+use arqon_raft::{Host, HostOptions};
+use arqon_storage::{Identity, Options, Store};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+};
+
+use crate::{
+    admin,
+    broker::{Broker, BrokerServices},
+    clock,
+    config::{Backend, Config, ConfigError, ListenAddresses},
+    control,
+    metadata::MetadataGroup,
+    metrics::Metrics,
+    operators::{self, OperatorKey, Operators, Seen},
+    partition::Partition,
+    replicas::Replicas,
+    session,
+};
+
+/// How long each step of a shutdown may take.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(10);
+const EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
+/// A tick that is this late says that the node itself stood still.
+const PAUSE_MIN: Duration = Duration::from_secs(3);
+const FOLLOW_WAIT_MS: u32 = 5_000;
+const FOLLOW_RETRY_DELAY: Duration = Duration::from_millis(200);
+
+/// Why a node does not start: one line.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An address cannot be listened on.
+    #[error("listen.{key}: cannot listen on {address}: {source}")]
+    Listen {
+        /// Which port.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The data directory cannot be used.
+    #[error("data: {0}")]
+    Storage(#[from] arqon_storage::OpenError),
+    /// The metadata replica cannot be opened.
+    #[error("data: {0}")]
+    Metadata(#[from] arqon_raft::OpenError),
+}
+
+/// Ports that are bound already, so that a cluster can be configured with ports that the
+/// system chose.
+#[derive(Debug)]
+pub struct Listeners {
+    client: TcpListener,
+    peer: TcpListener,
+    control: TcpListener,
+    admin: TcpListener,
+}
+
+impl Listeners {
+    /// Binds all four ports.
+    ///
+    /// # Errors
+    /// [`StartError::Listen`] naming key and address.
+    pub fn bind(addresses: &ListenAddresses) -> Result<Self, StartError> {
+        let bind = |key, address: SocketAddr| {
+            let bound = std_listener(address);
+            bound.map_err(|source| StartError::Listen { key, address, source })
+        };
+        Ok(Self {
+            client: bind("client", addresses.client)?,
+            peer: bind("peer", addresses.peer)?,
+            control: bind("control", addresses.control)?,
+            admin: bind("admin", addresses.admin)?,
+        })
+    }
+
+    /// The addresses, with the real ports.
+    ///
+    /// # Errors
+    /// The system does not know them.
+    pub fn addresses(&self) -> io::Result<ListenAddresses> {
+        Ok(ListenAddresses {
+            client: self.client.local_addr()?,
+            peer: self.peer.local_addr()?,
+            control: self.control.local_addr()?,
+            admin: self.admin.local_addr()?,
+        })
+    }
+}
+
+fn std_listener(address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// A running node.
+pub struct Node {
+    broker: Arc<Broker>,
+    addresses: ListenAddresses,
+    edges: Vec<JoinHandle<()>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Node {
+    /// Starts a node. It listens when this returns; it serves as soon as the cluster has
+    /// leaders (`/readyz`).
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing is left running.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        config.check()?;
+        let listeners = Listeners::bind(&config.listen_addresses()?)?;
+        Self::start_on(config, listeners).await
+    }
+
+    /// Starts a node on ports that are bound already.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub async fn start_on(config: Config, listeners: Listeners) -> Result<Self, StartError> {
+        config.check()?;
+        let (secret, verifier) = (config.secret()?, config.verifier()?);
+        let listen = config.listen_addresses()?;
+        let refused = |source| StartError::Listen { key: "client", address: listen.client, source };
+        let addresses = listeners.addresses().map_err(refused)?;
+        let [client, peer, control_port, admin_port] =
+            [listeners.client, listeners.peer, listeners.control, listeners.admin]
+                .map(tokio::net::TcpListener::from_std);
+        let (client, peer, control_port, admin_port) = (
+            client.map_err(refused)?,
+            peer.map_err(refused)?,
+            control_port.map_err(refused)?,
+            admin_port.map_err(refused)?,
+        );
+
+        let node = config.node_id();
+        let identity = Identity { cluster: config.cluster.clone(), node };
+        let options = Options { backend: backend(config.storage.backend), ..Options::default() };
+        let store = Store::open(&config.data, identity, options)?;
+        tracing::info!(node = node.0, cluster = config.cluster, backend = store.backend_name(), "node starts");
+
+        let nodes = config.nodes(&addresses);
+        let cluster = config.cluster.clone();
+        let host = Host::start(HostOptions { node, cluster, secret, peer_listener: peer }, store.clone());
+        host.set_peers(nodes.iter().map(|info| (info.node.into(), info.peer_address.clone())));
+        let metadata = match MetadataGroup::open(&host, node, &nodes).await {
+            Ok(metadata) => metadata,
+            Err(error) => {
+                host.shutdown().await;
+                return Err(error.into());
+            }
+        };
+        let metrics = Arc::new(Metrics::default());
+        let replicas = Arc::new(Replicas::new(node, host.clone(), store.clone(), metrics.partitions.clone()));
+        let broker = Arc::new(Broker {
+            node,
+            cluster: config.cluster,
+            nodes,
+            host,
+            store,
+            metadata,
+            replicas,
+            operators: Operators::default(),
+            verifier,
+            metrics,
+            stopping: watch::Sender::new(false),
+            leaders: Mutex::new(HashMap::new()),
+        });
+        answer_forwards(&broker);
+        let tasks = start_tasks(&broker);
+        let edges = vec![
+            tokio::spawn(session::serve(broker.clone(), client)),
+            tokio::spawn(control::serve(broker.clone(), control_port)),
+            tokio::spawn(admin::serve(broker.clone(), admin_port)),
+        ];
+        Ok(Self { broker, addresses, edges, tasks })
+    }
+
+    /// Where the node listens, with the real ports.
+    #[must_use]
+    pub fn addresses(&self) -> ListenAddresses {
+        self.addresses
+    }
+
+    /// Why the node should get no clients now; `None` when it is ready.
+    #[must_use]
+    pub fn not_ready(&self) -> Option<String> {
+        self.broker.not_ready()
+    }
+
+    /// Stops accepting, lets sessions drain, hands leadership over, flushes and closes the
+    /// data directory.
+    pub async fn shutdown(self) {
+        let Self { broker, edges, tasks, .. } = self;
+        broker.stopping.send_replace(true);
+        join(edges, "clients").await;
+        for task in &tasks {
+            task.abort();
+        }
+        join(tasks, "tasks").await;
+        if timeout(SHUTDOWN_PATIENCE, broker.replicas.shutdown()).await.is_err() {
+            tracing::warn!("partitions did not stop in time");
+        }
+        if timeout(SHUTDOWN_PATIENCE, broker.host.shutdown()).await.is_err() {
+            tracing::warn!("groups did not stop in time");
+        }
+        tracing::info!(node = broker.node.0, "node stopped");
+    }
+}
+
+async fn join(tasks: Vec<JoinHandle<()>>, what: &str) {
+    for mut task in tasks {
+        match timeout(SHUTDOWN_PATIENCE, &mut task).await {
+            Ok(Err(error)) if error.is_panic() => tracing::error!(%error, what, "a task has panicked"),
+            Ok(_) => {}
+            Err(_) => {
+                tracing::warn!(what, "did not stop in time");
+                task.abort();
+            }
+        }
+    }
+}
+
+fn backend(backend: Backend) -> arqon_storage::Backend {
+    match backend {
+        Backend::Auto => arqon_storage::Backend::Auto,
+        Backend::Uring => arqon_storage::Backend::Uring,
+        Backend::Plain => arqon_storage::Backend::Plain,
+    }
+}
+
+fn answer_forwards(broker: &Arc<Broker>) {
+    let weak = Arc::downgrade(broker);
+    broker.host.on_forward(Arc::new(move |_, kind, body| {
+        let weak = weak.clone();
+        Box::pin(async move {
+            match weak.upgrade() {
+                Some(broker) => broker.handle_forward(kind, body).await,
+                None => Err("the node is shutting down".to_owned()),
+            }
+        })
+    }));
+}
+
+fn start_tasks(broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
+    let services = Arc::new(BrokerServices(Arc::downgrade(broker)));
+    let replicas = broker.replicas.clone().run(broker.metadata.watch(), services, broker.stopping.subscribe());
+    vec![
+        tokio::spawn(broker.metadata.clone().run_duties(broker.nodes.clone())),
+        tokio::spawn(replicas),
+        tokio::spawn(broker.clone().run_leader_watch()),
+        tokio::spawn(follow_operators(broker.clone())),
+        tokio::spawn(expire_operators(broker.clone())),
+    ]
+}
+
+/// Reads the operators' topic from the local replica, from its start and for ever.
+async fn follow_operators(broker: Arc<Broker>) {
+    let mut next = 0;
+    // Records up to here were there before: they count by their age.
+    let mut past_end = None;
+    loop {
+        let Some(partition) = operators_partition(&broker) else {
+            sleep(FOLLOW_RETRY_DELAY).await;
+            continue;
+        };
+        let request = wire::Fetch {
+            topic: OPERATOR_TOPIC.to_owned(),
+            offset: next,
+            wait_ms: FOLLOW_WAIT_MS,
+            any_replica: true,
+            ..Default::default()
+        };
+        let (fetched, batches) = match partition.fetch(request).await {
+            Ok(answer) => answer,
+            Err(refused) if refused.code() == wire::ErrorCode::OffsetOutOfRange && refused.log_start > next => {
+                next = refused.log_start;
+                continue;
+            }
+            Err(refused) => {
+                tracing::debug!(refused = refused.message, "operators' topic not read");
+                sleep(FOLLOW_RETRY_DELAY).await;
+                continue;
+            }
+        };
+        let past_end = *past_end.get_or_insert(fetched.committed);
+        for batch in &batches {
+            let is_past = batch.header.base_offset.0 < past_end;
+            let left = broker.operators.follow(batch, seen(batch.header.time_ms, is_past));
+            take_leases_back(&broker, left).await;
+            next = next.max(batch.header.next_offset().0);
+        }
+    }
+}
+
+fn operators_partition(broker: &Broker) -> Option<Partition> {
+    let published = broker.metadata.published();
+    let topic = published.state.topic(SYSTEM_TENANT, OPERATOR_TOPIC)?;
+    broker.replicas.get(topic.partitions.first()?.group.into())
+}
+
+fn seen(time_ms: u64, is_past: bool) -> Seen {
+    let age = if is_past { Duration::from_millis(clock::now_ms().saturating_sub(time_ms)) } else { Duration::ZERO };
+    let now = Instant::now();
+    // The clock may not reach back further than the machine has been up.
+    Seen { at: now.checked_sub(age.min(operators::EXPIRY)).unwrap_or(now), is_fresh: age < operators::EXPIRY, time_ms }
+}
+
+async fn expire_operators(broker: Arc<Broker>) {
+    let mut ticks = interval(EXPIRY_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last = Instant::now();
+    loop {
+        ticks.tick().await;
+        let now = Instant::now();
+        let pause = now.saturating_duration_since(last);
+        if pause > PAUSE_MIN {
+            broker.operators.forgive(pause);
+        }
+        last = now;
+        let expired = broker.operators.expire(now);
+        for (tenant, id) in &expired {
+            tracing::info!(tenant, operator = id, "operator expired");
+        }
+        take_leases_back(&broker, expired).await;
+    }
+}
+
+async fn take_leases_back(broker: &Broker, operators: Vec<OperatorKey>) {
+    for (tenant, id) in operators {
+        for partition in broker.replicas.open() {
+            if partition.topic().tenant == tenant {
+                partition.expire_operator(&id).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! The client port: frames over TCP.
+//!
+//! ```text
+//!   accept -> handshake -> reader loop --produce--> Partition::submit, in order
+//!                             |   \                       | outcome
+//!                             |    '--others--> a task each
+//!                             |                           v
+//!                          Credit ----------> answers wait for credit and room
+//!                                                         |
+//!                                       writer task <-- queue, bounded
+//! ```
+//!
+//! What is bounded: requests outstanding, bytes of batches received and not answered, bytes of
+//! answers not sent, and the time for which a client may be silent or not read.
+
+mod reader;
+mod requests;
+mod writer;
+
+use std::{sync::Arc, time::Duration};
+
+use arqon_proto::{Session, TOKEN_SIZE_MAX, encode_frame, limits, wire};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc, watch},
+    task::JoinSet,
+    time::{Instant, sleep_until, timeout},
+};
+use wire::{ErrorCode, frame::Body};
+
+use crate::{
+    broker::Broker,
+    clock,
+    error::{error, invalid},
+};
+use reader::{FrameReader, ReadError};
+use requests::Requests;
+use writer::Outgoing;
+
+/// The one version of the client protocol.
+const PROTOCOL_VERSION: u32 = 1;
+/// A first frame is a token and little else, in bytes.
+const HELLO_SIZE_MAX: usize = TOKEN_SIZE_MAX + (4 << 10);
+/// Answers that wait for the writer.
+const ANSWER_COUNT_MAX: usize = 1_024;
+/// A silent client is asked for a sign of life after this time, and dropped after twice that.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// How long a session that ends may take to send what is on its way.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+const HANDSHAKE_PATIENCE: Duration = Duration::from_millis(limits::HANDSHAKE_MS_MAX);
+/// A token that never ends would overflow the clock.
+const SESSION_LENGTH_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// Accepts clients until the node stops, then waits for their sessions to drain.
+pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener) {
+    let slots = Arc::new(Semaphore::new(limits::CONNECTION_COUNT_MAX));
+    let mut stopping = broker.stopping.subscribe();
+    let mut sessions = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = sessions.join_next() => continue,
+            _ = stopping.wait_for(|stopping| *stopping) => break,
+        };
+        let (stream, from) = match accepted {
+            Ok(accepted) => accepted,
+            // Out of descriptors, for example: wait for connections to go rather than spin.
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a client");
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
+                continue;
+            }
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else {
+            broker.metrics.refused_connections.inc();
+            // Closed without a word: words would cost what has run out.
+            continue;
+        };
+        let broker = broker.clone();
+        sessions.spawn(async move {
+            broker.metrics.connections.inc();
+            let end = run(&broker, stream).await;
+            broker.metrics.connections.dec();
+            tracing::debug!(%from, end, "client session ended");
+            drop(slot);
+        });
+    }
+    drop(listener);
+    while sessions.join_next().await.is_some() {}
+}
+
+// Why the session ended is for the log alone.
+async fn run(broker: &Arc<Broker>, stream: TcpStream) -> &'static str {
+    if stream.set_nodelay(true).is_err() {
+        return "the client is gone";
+    }
+    let (read_half, mut write_half) = stream.into_split();
+    let mut reader = FrameReader::new(read_half);
+    let greeted = timeout(HANDSHAKE_PATIENCE, handshake(broker, &mut reader)).await;
+    let (session, hello) = match greeted {
+        Ok(Ok(greeted)) => greeted,
+        Ok(Err(refused)) => {
+            broker.metrics.refused_handshakes.inc();
+            let farewell = timeout(HANDSHAKE_PATIENCE, writer::write_error(&mut write_half, 0, refused)).await;
+            return if farewell.is_ok() { "refused" } else { "refused, and it does not read" };
+        }
+        Err(_) => return "no handshake in time",
+    };
+    let (answers, queue) = mpsc::channel(ANSWER_COUNT_MAX);
+    let writer = tokio::spawn(writer::run(write_half, queue, broker.metrics.clone()));
+    let lifetime = Duration::from_secs(session.expires_at.saturating_sub(clock::now_seconds())).min(SESSION_LENGTH_MAX);
+    let ends_at = Instant::now() + lifetime;
+    let welcome = welcome(broker, &session);
+    let requests = Requests::new(broker.clone(), session, hello.credit_bytes, answers.clone());
+    let mut end = "the client is gone";
+    if send(&answers, 0, Body::Welcome(welcome)).await {
+        let (farewell, reason) = receive(&requests, &mut reader, ends_at, broker.stopping.subscribe()).await;
+        end = reason;
+        if let Some(refused) = farewell {
+            send(&answers, 0, Body::Error(refused)).await;
+        }
+    }
+    // The writer ends when the last answer on its way has been sent.
+    drop((requests, answers));
+    let abort = writer.abort_handle();
+    if timeout(DRAIN_PATIENCE, writer).await.is_err() {
+        abort.abort();
+    }
+    end
+}
+
+async fn send(answers: &mpsc::Sender<Outgoing>, request_id: u64, body: Body) -> bool {
+    let frame = wire::Frame { request_id, body: Some(body) };
+    match encode_frame(&frame, 0) {
+        Ok(head) => timeout(DRAIN_PATIENCE, answers.send(Outgoing::head(head))).await.is_ok_and(|sent| sent.is_ok()),
+        Err(_) => false,
+    }
+}
+
+async fn handshake(broker: &Broker, reader: &mut FrameReader) -> Result<(Session, wire::Hello), wire::Error> {
+    let (frame, _) = reader.next(HELLO_SIZE_MAX).await.map_err(ReadError::into_wire)?;
+    let Some(Body::Hello(hello)) = frame.body else {
+        return Err(error(ErrorCode::AuthenticationFailed, "the first frame must be Hello"));
+    };
+    if hello.version != PROTOCOL_VERSION {
+        let message = format!("protocol version {} is not known, this server speaks {PROTOCOL_VERSION}", hello.version);
+        return Err(wire::Error { field: "version".into(), ..error(ErrorCode::UnsupportedVersion, message) });
+    }
+    let session = broker.authenticate(&hello.token)?;
+    Ok((session, hello))
+}
+
+fn welcome(broker: &Broker, session: &Session) -> wire::Welcome {
+    wire::Welcome {
+        version: PROTOCOL_VERSION,
+        cluster: broker.cluster.clone(),
+        node: broker.node.0,
+        tenant: session.tenant.clone(),
+        frame_size_max: limits::FRAME_SIZE_MAX as u64,
+        payload_size_max: limits::PAYLOAD_SIZE_MAX as u64,
+    }
+}
+
+// Reads requests until the session ends: what to tell the client last, and the log.
+async fn receive(
+    requests: &Requests,
+    reader: &mut FrameReader,
+    ends_at: Instant,
+    mut stopping: watch::Receiver<bool>,
+) -> (Option<wire::Error>, &'static str) {
+    let expiry = sleep_until(ends_at);
+    tokio::pin!(expiry);
+    let mut asked = false;
+    loop {
+        let received = tokio::select! {
+            received = timeout(SILENCE_MAX, reader.next(limits::FRAME_SIZE_MAX)) => received,
+            () = &mut expiry => {
+                return (Some(error(ErrorCode::AuthenticationFailed, "the token has expired")), "the token has expired");
+            }
+            _ = stopping.wait_for(|stopping| *stopping) => return (None, "the node is shutting down"),
+        };
+        let (frame, body) = match received {
+            Ok(Ok(received)) => received,
+            Ok(Err(ReadError::Closed)) => return (None, "the client closed it"),
+            Ok(Err(refused)) => return (Some(refused.into_wire()), "malformed frame"),
+            Err(_) if asked => return (None, "the client is silent"),
+            Err(_) => {
+                asked = true;
+                if !requests.send(0, Body::Ping(wire::Ping {})).await {
+                    return (None, "the client is gone");
+                }
+                continue;
+            }
+        };
+        asked = false;
+        let Some(request) = frame.body else {
+            let refused = invalid("body", "the request is empty or newer than this server");
+            if !requests.send(frame.request_id, Body::Error(refused)).await {
+                return (None, "the client is gone");
+            }
+            continue;
+        };
+        if !requests.take(frame.request_id, request, body).await {
+            return (None, "the client is gone");
+        }
+    }
+}
