@@ -3,13 +3,14 @@
 use std::{
     collections::BTreeSet,
     future::Future,
+    io,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use arqon_proto::{Batch, GroupId, NodeId, RaftIndex, ReplicaId, Term, limits};
-use arqon_storage::Log;
+use arqon_storage::{CheckpointKind, Log, LogPosition};
 use openraft::{
     ReadPolicy, ServerState, async_runtime::watch::WatchReceiver as _, errors::ClientWriteError,
     impls::OneshotResponder, raft::ClientWriteResult,
@@ -18,7 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use crate::{
     host::Raft,
-    machine::Readable,
+    machine::{Machine, Readable, StateMachine},
     types::{Applied, CommittedLeaderId, TypeConfig},
 };
 
@@ -78,6 +79,9 @@ struct Inner {
     readable: watch::Receiver<Readable>,
     status: watch::Receiver<Status>,
     uncommitted: Arc<Semaphore>,
+    /// Makes machines for retention points. In a mutex because machines are not `Sync`; held as
+    /// long as a trim runs, so that there is one at a time.
+    blank: tokio::sync::Mutex<Box<dyn StateMachine>>,
 }
 
 impl std::fmt::Debug for Group {
@@ -125,12 +129,13 @@ impl Group {
         raft: Raft,
         log: Log,
         readable: watch::Receiver<Readable>,
+        blank: Box<dyn StateMachine>,
     ) -> Self {
         let first = read_status(&raft, &log, *readable.borrow());
         let (status_tx, status) = watch::channel(first);
         tokio::spawn(follow_status(raft.clone(), log.clone(), readable.clone(), status_tx));
         let uncommitted = Arc::new(Semaphore::new(limits::UNCOMMITTED_SIZE_MAX));
-        Self { inner: Arc::new(Inner { id, replica, raft, log, readable, status, uncommitted }) }
+        Self { inner: Arc::new(Inner { id, replica, raft, log, readable, status, uncommitted, blank: blank.into() }) }
     }
 
     /// The group.
@@ -204,6 +209,38 @@ impl Group {
                 Some(reason) => Err(ProposeError::Stopped(reason)),
                 None => Err(ProposeError::NotLeader { leader: self.status().leader }),
             },
+        }
+    }
+
+    /// Drops the log up to `through` on this replica: saves the state right after it as the
+    /// snapshot for those who lag, then purges. Entries that a follower still needs are purged
+    /// when it has them. Nothing happens when they are gone already.
+    ///
+    /// # Errors
+    /// `through` is not applied here, the log cannot be read, or the replica has stopped.
+    pub async fn trim(&self, through: LogPosition) -> io::Result<()> {
+        let inner = &self.inner;
+        let blank = inner.blank.lock().await;
+        if inner.log.purged() >= Some(through) {
+            return Ok(());
+        }
+        if inner.readable.borrow().index < Some(through.index) {
+            return Err(io::Error::other(format!("entry {} is not applied yet and cannot be trimmed", through.index)));
+        }
+        let (machine, log) = (blank.fresh(), inner.log.clone());
+        let making = tokio::task::spawn_blocking(move || Machine::checkpoint_at(machine, &log, through));
+        let checkpoint = making.await.map_err(io::Error::other)??;
+        inner.log.save_checkpoint(CheckpointKind::Retention, through, checkpoint).await?;
+        inner.raft.trigger().snapshot().await.map_err(io::Error::other)
+    }
+
+    /// Waits until `through` is no longer in the log of this replica.
+    pub async fn trimmed(&self, through: LogPosition) {
+        let mut metrics = self.inner.raft.data_metrics();
+        while self.inner.log.purged() < Some(through) {
+            if metrics.changed().await.is_err() {
+                return;
+            }
         }
     }
 

@@ -266,13 +266,14 @@ impl Host {
         };
         let installed = InstalledSlot::default();
         let (readable_tx, readable) = watch::channel(Readable::default());
+        let blank = machine.fresh();
         let machine = Machine::open(machine, log.clone(), installed.clone(), readable_tx).map_err(io)?;
         let network = Network { host: self.inner.clone(), group: group.0 };
         let store = LogStore::new(log.clone(), installed);
         let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)
             .await
             .map_err(|fatal| io(io::Error::other(fatal)))?;
-        let handle = Group::new(group, replica, raft.clone(), log, readable);
+        let handle = Group::new(group, replica, raft.clone(), log, readable, blank);
         let running = Replica::Running(handle.clone());
         self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, running);
         self.initialise(&spec, raft).await;

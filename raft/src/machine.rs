@@ -9,8 +9,8 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use arqon_proto::{Batch, BatchKind, DecodeError, Offset, RaftIndex, Term, wire};
-use arqon_storage::{CheckpointKind, Log};
+use arqon_proto::{Batch, BatchKind, DecodeError, Offset, RaftIndex, Term, limits, wire};
+use arqon_storage::{CheckpointKind, Log, LogPosition};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use openraft::{
@@ -24,7 +24,7 @@ use crate::{
     store::{Installed, InstalledSlot},
     types::{
         Applied, Entry, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig, from_wire_log_id,
-        from_wire_membership, position, wire_log_id, wire_membership,
+        from_wire_membership, into_entry, position, wire_log_id, wire_membership,
     },
 };
 
@@ -49,6 +49,9 @@ pub trait StateMachine: Send + 'static {
     /// # Errors
     /// Bytes that no `checkpoint` made.
     fn restore(&mut self, state: &[u8]) -> Result<(), DecodeError>;
+
+    /// Another machine of the same kind with the state of an empty log, seen by nobody else.
+    fn fresh(&self) -> Box<dyn StateMachine>;
 }
 
 /// Up to where readers may read: min(applied, locally written). What is applied was read from
@@ -109,6 +112,42 @@ impl Machine {
         }
         machine.inner().restore(&[]).map_err(io::Error::other)?;
         Ok(machine)
+    }
+
+    /// The checkpoint of the state right after the entry `through`, made by applying the log again
+    /// from the last retention point on. Takes as long as reading those entries takes.
+    pub(crate) fn checkpoint_at(blank: Box<dyn StateMachine>, log: &Log, through: LogPosition) -> io::Result<Bytes> {
+        let mut machine = Self {
+            inner: Mutex::new(blank),
+            next_offset: Offset(0),
+            log: log.clone(),
+            installed: InstalledSlot::default(),
+            readable: watch::Sender::default(),
+            applied: None,
+            membership: StoredMembership::default(),
+            unsaved_bytes: 0,
+        };
+        if let Some(snapshot) = current_snapshot(log)? {
+            machine.restore(&snapshot.snapshot)?;
+        }
+        loop {
+            let next = machine.applied.as_ref().map_or(0, |applied| applied.index() + 1);
+            if next > through.index.0 {
+                break;
+            }
+            let range = RaftIndex(next)..through.index.next();
+            let batches = log.entries(range, limits::APPEND_SIZE_MAX).map_err(io::Error::other)?;
+            if batches.is_empty() {
+                return Err(io::Error::other(format!("log has a hole at index {next}")));
+            }
+            for batch in batches {
+                machine.apply_entry(&into_entry(batch).map_err(io::Error::other)?);
+            }
+        }
+        if machine.applied.as_ref().map(position) != Some(through) {
+            return Err(io::Error::other(format!("the log has no entry {}-{}", through.term, through.index)));
+        }
+        Ok(machine.encode_checkpoint())
     }
 
     fn inner(&mut self) -> &mut dyn StateMachine {

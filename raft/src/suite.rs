@@ -48,6 +48,10 @@ impl StateMachine for Nothing {
     fn restore(&mut self, _state: &[u8]) -> Result<(), DecodeError> {
         Ok(())
     }
+
+    fn fresh(&self) -> Box<dyn StateMachine> {
+        Box::new(Nothing)
+    }
 }
 
 #[derive(Clone)]

@@ -280,6 +280,49 @@ async fn a_replica_without_its_vote_is_quarantined_and_the_others_go_on() {
     cluster.converge(last.position.index).await;
 }
 
+/// A replica that was away while history was trimmed must end with the same log start and all
+/// that is retained, and nothing that was acknowledged since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_behind_the_log_start_gets_everything_that_is_retained() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.publish(1).await;
+    cluster.stop(3).await;
+    let mut middle = None;
+    for payload in 2..=60 {
+        let applied = cluster.publish(payload).await;
+        if payload == 40 {
+            middle = Some(applied.position);
+        }
+    }
+    let through = middle.unwrap();
+    cluster.converge(through.index).await;
+    for node in cluster.running() {
+        node.group.trim(through).await.unwrap();
+        let mut purged = Box::pin(node.group.trimmed(through));
+        timeout(PATIENCE, &mut purged).await.expect("trimmed in time");
+        assert_eq!(node.group.log().log_start(), Offset(40));
+    }
+    cluster.restart(3).await;
+    let last = cluster.publish(61).await;
+    cluster.converge(last.position.index).await;
+    for id in 1..=3 {
+        assert_eq!(payloads(&cluster.node(id).group), (41..=61).collect::<Vec<_>>(), "node {id}");
+    }
+    // And once more from their own disks.
+    for id in 1..=3 {
+        cluster.stop(id).await;
+    }
+    for id in 1..=3 {
+        cluster.restart(id).await;
+    }
+    let last = cluster.publish(62).await;
+    assert_eq!(last.base_offset, Offset(61));
+    cluster.converge(last.position.index).await;
+    for id in 1..=3 {
+        assert_eq!(payloads(&cluster.node(id).group), (41..=62).collect::<Vec<_>>(), "node {id}");
+    }
+}
+
 #[test]
 fn control_entries_take_no_offsets() {
     let control = Batch::internal(BatchKind::Control, Bytes::from_static(b"x"));

@@ -33,6 +33,10 @@ impl StateMachine for Sizes {
         *self.0.lock().unwrap() = state.to_vec();
         Ok(())
     }
+
+    fn fresh(&self) -> Box<dyn StateMachine> {
+        Box::new(Self::default())
+    }
 }
 
 pub struct Node {

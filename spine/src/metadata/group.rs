@@ -73,6 +73,10 @@ impl StateMachine for Machine {
         self.publish();
         Ok(())
     }
+
+    fn fresh(&self) -> Box<dyn StateMachine> {
+        Box::new(Self { state: MetadataState::default(), published: watch::Sender::default() })
+    }
 }
 
 fn encode_outcome(outcome: Result<(), wire::Error>) -> Bytes {

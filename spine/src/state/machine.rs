@@ -48,4 +48,8 @@ impl StateMachine for PartitionMachine {
         *self.lock() = Shared { state, in_flight: InFlight::default() };
         Ok(())
     }
+
+    fn fresh(&self) -> Box<dyn StateMachine> {
+        Box::new(Self::default())
+    }
 }
