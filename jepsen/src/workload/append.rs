@@ -113,17 +113,18 @@ impl Generation {
 
 /// `fail` only where the answer says that nothing was written; everything else is unknown.
 fn kind_of(error: &Error) -> Kind {
-    match error {
-        Error::Invalid { .. } => Kind::Fail,
-        Error::Server { code, .. } => match code {
+    if matches!(error, Error::Invalid { .. }) {
+        return Kind::Fail;
+    }
+    match error.code() {
+        Some(
             ErrorCode::ValidationError
             | ErrorCode::AuthenticationFailed
             | ErrorCode::AuthorizationDenied
             | ErrorCode::PolicyBlocked
             | ErrorCode::TargetNotFound
-            | ErrorCode::TopicFull => Kind::Fail,
-            _ => Kind::Info,
-        },
+            | ErrorCode::TopicFull,
+        ) => Kind::Fail,
         _ => Kind::Info,
     }
 }

@@ -1,0 +1,196 @@
+//! `arqon-bench self`: every case at every size on every cluster, in rounds.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use arqon_jepsen::{Cluster, find_arqon, parse_time};
+use arqon_sdk::{Client, Options};
+
+use crate::{
+    cpu,
+    disk::{self, Disk},
+    load::{self, Measured, Pace},
+    payload::{self, Payloads},
+    report::{Case, Report, Round},
+};
+
+/// Payload bytes up to which sizes are accepted: what an event may hold.
+const SIZE_MAX: usize = 1 << 20;
+/// Length of the round that warms a new cluster up and is not counted.
+const WARM_UP_TIME: Duration = Duration::from_millis(500);
+
+/// Arguments of `self`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = "Example:\n  arqon-bench self --nodes 3 --sizes 1024 --time 30s --json\n\n\
+    docs/bench/README.md says what each figure means.")]
+pub struct OwnArgs {
+    /// Nodes of the cluster [default: 1, then 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=7))]
+    nodes: Option<u32>,
+    /// Payload sizes in bytes
+    #[arg(long, value_name = "BYTES,...", value_delimiter = ',', default_value = "128,1024,16384", value_parser = parse_size)]
+    sizes: Vec<usize>,
+    /// Time of each case, divided over the rounds
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
+    time: Duration,
+    /// Rounds of each case; the medians are reported
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    rounds: u32,
+    /// Messages in flight when publishing
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    window: u32,
+    /// How long a message may wait for company; at most 5ms
+    #[arg(long, value_name = "TIME", default_value = "1ms", value_parser = parse_time)]
+    linger: Duration,
+    /// Messages per second of publish-to-consume
+    #[arg(long, value_name = "N", default_value_t = 5000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    rate: u32,
+    /// Partitions of each topic
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    partitions: u32,
+    /// Seed of the payloads
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Directory on the disk to measure, made when missing [default: a temporary one]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// The arqon program [default: the one beside this program, else built]
+    #[arg(long, value_name = "FILE")]
+    arqon: Option<PathBuf>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn parse_size(text: &str) -> Result<usize, String> {
+    match text.trim().parse() {
+        Ok(size) if (payload::SIZE_MIN..=SIZE_MAX).contains(&size) => Ok(size),
+        _ => Err(format!("must be {} to {SIZE_MAX} bytes", payload::SIZE_MIN)),
+    }
+}
+
+/// Measures everything that `args` ask for.
+///
+/// # Errors
+/// The line that says what failed; figures of a run with a wrong read are never shown.
+pub async fn run(args: OwnArgs) -> Result<Report, String> {
+    let arqon = find_arqon(args.arqon.clone()).await.map_err(|error| error.to_string())?;
+    let temporary = temporary_directory(&args)?;
+    let dir = temporary.path().to_owned();
+    note(&args, "measuring the disk alone");
+    let disk = tokio::task::spawn_blocking(move || disk::measure(&dir)).await.map_err(|error| error.to_string())??;
+    if disk.tmpfs {
+        note(&args, "warning: the directory lies in memory (tmpfs), no figure is about a disk; see --dir");
+    }
+    let mut cases = Vec::new();
+    for node_count in args.nodes.map_or(vec![1, 3], |count| vec![count]) {
+        let data = temporary.path().join(format!("nodes-{node_count}"));
+        let cluster = Cluster::start(arqon.clone(), &data, node_count).await.map_err(|error| error.to_string())?;
+        cases.extend(Bench::new(&args, &cluster, node_count, disk).await?.all().await?);
+        drop(cluster);
+        // The next cluster needs the room; what is left over goes with the temporary directory.
+        let _ = std::fs::remove_dir_all(&data);
+    }
+    Ok(Report::new(cases, disk, &args.window, args.linger, args.rounds))
+}
+
+fn temporary_directory(args: &OwnArgs) -> Result<tempfile::TempDir, String> {
+    let mut builder = tempfile::Builder::new();
+    let made = match &args.dir {
+        Some(dir) => {
+            std::fs::create_dir_all(dir).map_err(|error| format!("--dir {}: {error}", dir.display()))?;
+            builder.prefix("arqon-bench-").tempdir_in(dir)
+        }
+        None => builder.prefix("arqon-bench-").tempdir(),
+    };
+    made.map_err(|error| format!("cannot make a temporary directory: {error}"))
+}
+
+fn note(args: &OwnArgs, text: &str) {
+    if !args.json {
+        eprintln!("{text}");
+    }
+}
+
+/// The cases of one cluster.
+struct Bench<'a> {
+    args: &'a OwnArgs,
+    cluster: &'a Cluster,
+    client: Client,
+    node_count: u32,
+    disk: Disk,
+    pace: Pace,
+}
+
+impl<'a> Bench<'a> {
+    async fn new(args: &'a OwnArgs, cluster: &'a Cluster, node_count: u32, disk: Disk) -> Result<Self, String> {
+        let mut options = Options::new([cluster.server()], cluster.token());
+        options.client_name = "arqon-bench".to_owned();
+        let client = Client::connect(options).await.map_err(|error| error.to_string())?;
+        let pace = Pace { window: args.window as usize, linger: args.linger, time: args.time / args.rounds };
+        Ok(Self { args, cluster, client, node_count, disk, pace })
+    }
+
+    async fn all(&self) -> Result<Vec<Case>, String> {
+        let warm = Arc::new(Payloads::new(self.args.seed, 1024));
+        let pace = Pace { time: WARM_UP_TIME, ..self.pace };
+        self.with_topic("warm-up", async |topic: &str| load::publish(&self.client, topic, &warm, 1024, pace).await)
+            .await?;
+        let mut cases = Vec::new();
+        for size in &self.args.sizes {
+            cases.extend(self.of_size(*size).await?);
+        }
+        Ok(cases)
+    }
+
+    async fn of_size(&self, size: usize) -> Result<Vec<Case>, String> {
+        note(self.args, &format!("{} nodes, {size} bytes", self.node_count));
+        let payloads = Arc::new(Payloads::new(self.args.seed, size));
+        let (mut publish, mut fetch, mut single, mut consume) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for round in 0..self.args.rounds {
+            let name = |case: &str| format!("{case}-{size}-{round}");
+            let (written, read) = self
+                .with_topic(&name("publish"), async |topic: &str| {
+                    let written = self.measured(load::publish(&self.client, topic, &payloads, size, self.pace)).await?;
+                    let count = written.measured.messages;
+                    let read = self.measured(load::fetch(&self.client, topic, &payloads, count)).await?;
+                    Ok((written, read))
+                })
+                .await?;
+            publish.push(written);
+            fetch.push(read);
+            let one = async |topic: &str| {
+                let time = self.pace.time;
+                self.measured(load::publish_one_at_a_time(&self.client, topic, &payloads, time)).await
+            };
+            single.push(self.with_topic(&name("single"), one).await?);
+            let through = async |topic: &str| {
+                let rate = self.args.rate;
+                self.measured(load::publish_to_consume(&self.client, topic, &payloads, rate, self.pace)).await
+            };
+            consume.push(self.with_topic(&name("consume"), through).await?);
+        }
+        let case = |name, rounds: Vec<Round>| Case::new(name, size, self.node_count, &rounds, &self.disk);
+        Ok(vec![
+            case("publish", publish),
+            case("publish-one-at-a-time", single),
+            case("fetch", fetch),
+            case("publish-to-consume", consume),
+        ])
+    }
+
+    /// Runs `work` on a fresh topic, which is deleted afterwards so that disks do not fill up.
+    async fn with_topic<T>(&self, name: &str, work: impl AsyncFnOnce(&str) -> Result<T, String>) -> Result<T, String> {
+        let topic = format!("bench.{name}");
+        self.cluster.create_topic(&topic, self.args.partitions).await.map_err(|error| error.to_string())?;
+        let result = work(&topic).await.map_err(|error| format!("{topic}: {error}"))?;
+        self.cluster.delete_topic(&topic).await.map_err(|error| error.to_string())?;
+        Ok(result)
+    }
+
+    async fn measured(&self, work: impl Future<Output = Result<Measured, String>>) -> Result<Round, String> {
+        let pids = self.cluster.pids();
+        let before = cpu::seconds(&pids)?;
+        let measured = work.await?;
+        Ok(Round { measured, cpu_seconds: cpu::seconds(&pids)? - before })
+    }
+}
