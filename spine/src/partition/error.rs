@@ -37,7 +37,7 @@ impl Replica {
     }
 
     pub(super) fn not_leader(&self) -> wire::Error {
-        let status = self.group.status();
+        let status = self.status.borrow();
         let address = status.leader.and_then(|node| self.services.node_client_address(node));
         let message = match (&status.stopped, status.is_leader, &address) {
             (Some(reason), ..) => format!("the replica of {} on this node has stopped: {reason}", self.name()),

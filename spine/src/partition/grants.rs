@@ -94,7 +94,8 @@ impl<'a> Grants<'a> {
         line: &mut Line,
         ready: &BTreeSet<u64>,
     ) -> Vec<(u64, Waiting, Result<Granted, wire::Error>)> {
-        let wanted_count = line.values().map(|waiting| waiting.job_count_max).sum();
+        // Nothing to count while nothing comes back.
+        let wanted_count = if ready.is_empty() { 0 } else { line.values().map(|waiting| waiting.job_count_max).sum() };
         let Some(mut stock) = self.stock(group, ready, wanted_count) else {
             let full = || invalid("group", format_args!("{} has as many groups as it may", self.replica.name()));
             return std::mem::take(line).into_iter().map(|(ticket, waiting)| (ticket, waiting, Err(full()))).collect();

@@ -28,13 +28,10 @@ mod submit;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::{Arc, Mutex, atomic::AtomicUsize};
 
 use arqon_proto::{Batch, GroupId, LeaseKey, NodeId, Offset, PartitionId, Term, TopicClass, wire};
-use arqon_raft::{Group, GroupSpec, Host, OpenError};
+use arqon_raft::{Group, GroupSpec, Host, OpenError, Status};
 use futures_util::future::BoxFuture;
 use tokio::{
     sync::{mpsc, watch},
@@ -89,6 +86,7 @@ pub struct Operator {
 /// What the handle and the tasks of one replica share.
 pub(crate) struct Replica {
     group: Group,
+    status: watch::Receiver<Status>,
     machine: PartitionMachine,
     topic: Arc<wire::TopicConfig>,
     class: TopicClass,
@@ -101,7 +99,7 @@ pub(crate) struct Replica {
 impl Replica {
     /// The term in which this replica leads and takes writes.
     fn leading_term(&self) -> Option<Term> {
-        let status = self.group.status();
+        let status = self.status.borrow();
         (status.is_leader && status.ready && status.stopped.is_none()).then_some(status.term)
     }
 
@@ -137,8 +135,9 @@ impl Partition {
         let machine = PartitionMachine::default();
         let group = host.open(spec, Box::new(machine.clone())).await?;
         let class = class_of(&topic);
-        let queued_size = AtomicUsize::new(0);
-        let replica = Arc::new(Replica { group, machine, topic, class, partition, services, metrics, queued_size });
+        let (status, queued_size) = (group.watch(), AtomicUsize::new(0));
+        let replica =
+            Arc::new(Replica { group, status, machine, topic, class, partition, services, metrics, queued_size });
         let (submissions, submitted) = mpsc::channel(SUBMISSION_COUNT_MAX);
         let (requests, requested) = mpsc::channel(REQUEST_COUNT_MAX);
         let (closing, closed) = watch::channel(false);
@@ -217,12 +216,6 @@ impl Partition {
             // A task that panicked has said so itself.
             let _ = task.await;
         }
-    }
-
-    /// Bytes of batches that wait for the submission task.
-    #[must_use]
-    pub fn queued_size(&self) -> usize {
-        self.replica.queued_size.load(Ordering::Relaxed)
     }
 }
 

@@ -210,7 +210,7 @@ impl Submitted {
             replica.count_produced(&self.batch, self.started);
             return Ok(produced(placed.base_offset, placed.time_ms, self.durability));
         }
-        let applied = placed.proposal.await.map_err(|cause| replica.propose_error(&cause, true))?;
+        let applied = placed.applied().await.map_err(|cause| replica.propose_error(&cause, true))?;
         replica.count_produced(&self.batch, self.started);
         Ok(produced(applied.base_offset, applied.time_ms, self.durability))
     }

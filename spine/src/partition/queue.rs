@@ -41,6 +41,8 @@ const WAITING_COUNT_MAX: usize = 10_000;
 const SETTLE_COUNT_MAX: usize = 10_000;
 /// Ranges in one control entry, beyond which the rest goes into the next one.
 const ENTRY_RANGE_COUNT_MAX: usize = 20_000;
+/// How much longer a poll may take when the entry in flight keeps it from a look at the queue.
+const POLL_GRACE: Duration = Duration::from_secs(1);
 /// Pause after a control entry was pushed back.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// Jobs taken to the dead-letter topic at a time.
@@ -367,6 +369,8 @@ impl<'a> Lead<'a> {
                 }
                 // After the entry was built: a poll without a wait has had one look at the queue.
                 self.end_polls(now);
+            } else if let Some(overdue) = now.checked_sub(POLL_GRACE) {
+                self.end_polls(overdue);
             }
             let wake = self.next_wake(now);
             let is_idle = self.flight.is_none();
@@ -476,7 +480,8 @@ impl<'a> Lead<'a> {
     fn next_wake(&self, now: Instant) -> Option<Instant> {
         let dead_retry = self.dead_retry_at.filter(|at| *at > now);
         if self.flight.is_some() {
-            return dead_retry;
+            let overdue = self.polls.first().map(|at| at + POLL_GRACE);
+            return [dead_retry, overdue].into_iter().flatten().min();
         }
         let retry = self.retry_at.filter(|at| *at > now);
         // While entries are pushed back there is no point in looking at what is due.

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use arqon_proto::{Batch, BatchKind, Offset, Term, wire, wire::Stamps};
-use arqon_raft::{Proposal, ProposeError};
+use arqon_raft::{Applied, Proposal, ProposeError};
 use prost::Message;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot, watch},
+};
 
 use super::Replica;
 use crate::state::{Admission, InFlight, PartitionState, Refused};
@@ -20,10 +23,29 @@ pub(super) enum Submission {
 
 /// A batch that was proposed.
 pub(super) struct Placed {
-    pub proposal: Proposal,
+    proposal: Option<Proposal>,
     /// Offset and time that it gets if this node stays leader.
     pub base_offset: Offset,
     pub time_ms: u64,
+}
+
+impl Placed {
+    /// Waits until the batch is applied.
+    pub(super) async fn applied(mut self) -> Result<Applied, ProposeError> {
+        let outcome = self.proposal.as_mut().expect("only the end of a `Placed` takes it").await;
+        self.proposal = None;
+        outcome
+    }
+}
+
+impl Drop for Placed {
+    /// A proposal counts against the bytes in flight until it is dropped. When nobody waits for
+    /// the outcome any more, the batch is in flight all the same.
+    fn drop(&mut self) {
+        if let (Some(proposal), Ok(runtime)) = (self.proposal.take(), Handle::try_current()) {
+            runtime.spawn(proposal);
+        }
+    }
 }
 
 /// Why a batch was not proposed.
@@ -73,7 +95,7 @@ impl Replica {
         let header = batch.header.clone();
         let Admission { time_ms, base_offset, .. } = admission;
         match self.group.propose(term, batch).await {
-            Ok(proposal) => Ok(Placed { proposal, base_offset, time_ms }),
+            Ok(proposal) => Ok(Placed { proposal: Some(proposal), base_offset, time_ms }),
             Err(cause) => {
                 // After an unknown outcome it may still be applied: it stays in flight.
                 if !matches!(cause, ProposeError::UnknownOutcome(_)) {
