@@ -22,10 +22,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{
-    broker::Broker,
-    partition::{Partition, PartitionMetrics},
-};
+use crate::{broker::Broker, partition::PartitionMetrics};
 
 /// What the edges of a node count.
 #[derive(Default)]
@@ -176,20 +173,6 @@ impl Out<'_> {
             let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
             for (labels, status) in &statuses {
                 ConstGauge::new(read(status) as i64).encode(encoder.encode_family(labels)?)?;
-            }
-        }
-        let held: [(&str, &str, fn(&Partition) -> u64); 2] = [
-            ("partition_queued_bytes", "Bytes of batches that wait to be proposed", |partition| {
-                partition.queued_size() as u64
-            }),
-            ("partition_retention_floor", "First offset that a queue still needs", |partition| {
-                partition.retention_floor().map_or(0, |floor| floor.0)
-            }),
-        ];
-        for (name, help, read) in held {
-            let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            for ((labels, _), partition) in statuses.iter().zip(&open) {
-                ConstGauge::new(read(partition) as i64).encode(encoder.encode_family(labels)?)?;
             }
         }
         type ReadQueue = fn(&wire::PartitionStatus, &wire::QueueStatus) -> u64;

@@ -1,0 +1,324 @@
+//! A cluster in this process, and a client that speaks raw frames.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use std::{net::SocketAddr, time::Duration};
+
+use arqon_proto::{
+    Batch, BatchBuilder, Claims, Compression, ProducerStamp, Record, TokenAlgorithm, TokenKeyPair, TokenSigner,
+    decode_frame, encode_frame, frame_size, wire,
+};
+use arqon_spine::{Auth, AuthKey, Config, Listen, ListenAddresses, Listeners, Log, Node, Peer, Secret, Storage};
+use bytes::{Bytes, BytesMut};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{Instant, sleep, timeout},
+};
+use wire::{control_client::ControlClient, frame::Body};
+
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub struct Cluster {
+    pub nodes: Vec<Option<Node>>,
+    pub configs: Vec<Config>,
+    pub addresses: Vec<ListenAddresses>,
+    pub signer: TokenSigner,
+    _folder: TempDir,
+}
+
+impl Cluster {
+    /// Starts `count` nodes and waits until all are ready.
+    pub async fn start(count: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let pair = TokenKeyPair::generate().unwrap();
+        let public_key_file = folder.path().join("token.pem");
+        std::fs::write(&public_key_file, &pair.public_key_pem).unwrap();
+        let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let any = ListenAddresses { client: any, peer: any, control: any, admin: any };
+        let bound: Vec<Listeners> = (0..count).map(|_| Listeners::bind(&any).unwrap()).collect();
+        let addresses: Vec<ListenAddresses> = bound.iter().map(|bound| bound.addresses().unwrap()).collect();
+        let peer = |(index, at): (usize, &ListenAddresses)| Peer {
+            node: index as u64 + 1,
+            client: at.client.to_string(),
+            peer: at.peer.to_string(),
+            control: at.control.to_string(),
+        };
+        let peers: Vec<Peer> = addresses.iter().enumerate().map(peer).collect();
+        let config = |(index, at): (usize, &ListenAddresses)| Config {
+            node: index as u64 + 1,
+            cluster: "test".into(),
+            data: folder.path().join(format!("node-{}", index + 1)),
+            dev: false,
+            cluster_secret: Some(Secret("a secret for tests of 32 bytes or more".into())),
+            cluster_secret_file: None,
+            listen: Listen {
+                client: at.client.to_string(),
+                peer: at.peer.to_string(),
+                control: at.control.to_string(),
+                admin: at.admin.to_string(),
+            },
+            auth: Auth {
+                audience: "arqonbus".into(),
+                keys: vec![AuthKey {
+                    kid: None,
+                    algorithm: TokenAlgorithm::EdDSA,
+                    public_key_file: public_key_file.clone(),
+                }],
+            },
+            storage: Storage::default(),
+            log: Log::default(),
+            peers: peers.clone(),
+        };
+        let configs: Vec<Config> = addresses.iter().enumerate().map(config).collect();
+        let mut nodes = Vec::new();
+        for (config, bound) in configs.iter().zip(bound) {
+            nodes.push(Some(Node::start_on(config.clone(), bound).await.unwrap()));
+        }
+        let signer = TokenSigner::from_pem(TokenAlgorithm::EdDSA, None, pair.private_key_pem.as_bytes()).unwrap();
+        let cluster = Self { nodes, configs, addresses, signer, _folder: folder };
+        cluster.wait_ready().await;
+        cluster
+    }
+
+    /// Until every running node says that it is ready.
+    pub async fn wait_ready(&self) {
+        for node in self.nodes.iter().flatten() {
+            until("nodes are ready", async || node.not_ready().is_none()).await;
+        }
+    }
+
+    pub async fn stop(&mut self, index: usize) {
+        self.nodes[index].take().unwrap().shutdown().await;
+    }
+
+    pub async fn restart(&mut self, index: usize) {
+        self.nodes[index] = Some(Node::start(self.configs[index].clone()).await.unwrap());
+    }
+
+    pub async fn shutdown(mut self) {
+        for node in self.nodes.drain(..).flatten() {
+            node.shutdown().await;
+        }
+    }
+
+    pub fn claims(&self, tenant: &str, permissions: &[&str]) -> Claims {
+        let now = now_seconds();
+        Claims {
+            sub: "test".into(),
+            tenant_id: tenant.into(),
+            aud: "arqonbus".into(),
+            exp: now + 600,
+            iat: now,
+            role: String::new(),
+            permissions: permissions.iter().map(|&text| text.to_owned()).collect(),
+        }
+    }
+
+    pub fn token(&self, tenant: &str, permissions: &[&str]) -> String {
+        self.signer.mint(&self.claims(tenant, permissions)).unwrap()
+    }
+
+    pub fn admin(&self) -> String {
+        self.signer.mint(&Claims { role: "admin".into(), ..self.claims("acme", &[]) }).unwrap()
+    }
+
+    pub async fn connect(&self, index: usize, token: &str) -> Client {
+        Client::connect(self.addresses[index].client, token).await.unwrap()
+    }
+
+    pub async fn control(&self, index: usize) -> ControlClient<tonic::transport::Channel> {
+        ControlClient::connect(format!("http://{}", self.addresses[index].control)).await.unwrap()
+    }
+
+    pub async fn create(
+        &self,
+        index: usize,
+        name: &str,
+        partitions: u32,
+    ) -> Result<wire::TopicDescription, tonic::Status> {
+        let config = wire::TopicConfig { name: name.into(), partitions, retention_ms: 3_600_000, ..Default::default() };
+        let request = wire::CreateTopicRequest { config: Some(config) };
+        let answer = self.control(index).await.create_topic(authorized(request, &self.admin())).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// The node that leads a partition, as an index.
+    pub async fn leader_of(&self, ask: usize, topic: &str, partition: usize) -> usize {
+        let mut client = self.connect(ask, &self.admin()).await;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let description = client.describe(topic).await.unwrap();
+            let leader = description.partitions[partition].leader_node as usize;
+            if leader > 0 && self.nodes[leader - 1].is_some() {
+                return leader - 1;
+            }
+            assert!(Instant::now() < deadline, "{topic}/{partition} has no leader");
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// GET on the admin port: status and text.
+    pub async fn get(&self, index: usize, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(self.addresses[index].admin).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, answer)
+    }
+}
+
+pub fn now_seconds() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
+}
+
+pub fn authorized<T>(message: T, token: &str) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+    request
+}
+
+/// Polls until `condition` holds.
+pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "in time: {what}");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+pub type Answer = Result<(Body, Bytes), wire::Error>;
+
+pub struct Client {
+    stream: TcpStream,
+    buffer: BytesMut,
+    next_id: u64,
+    pub welcome: wire::Welcome,
+}
+
+impl Client {
+    pub async fn connect(address: SocketAddr, token: &str) -> Result<Self, wire::Error> {
+        Self::connect_with(address, wire::Hello { version: 1, token: token.into(), ..Default::default() }).await
+    }
+
+    pub async fn connect_with(address: SocketAddr, hello: wire::Hello) -> Result<Self, wire::Error> {
+        let mut client = Self::raw(address).await;
+        client.send(Body::Hello(hello), &[]).await;
+        match client.receive().await.expect("an answer to Hello").1? {
+            (Body::Welcome(welcome), _) => client.welcome = welcome,
+            (other, _) => panic!("{other:?}"),
+        }
+        Ok(client)
+    }
+
+    pub async fn raw(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect(address).await.unwrap();
+        Self { stream, buffer: BytesMut::new(), next_id: 0, welcome: wire::Welcome::default() }
+    }
+
+    pub async fn send(&mut self, body: Body, batches: &[Batch]) -> u64 {
+        self.next_id += 1;
+        let mut raw = BytesMut::new();
+        for batch in batches {
+            batch.encode_into(&mut raw);
+        }
+        let frame = wire::Frame { request_id: self.next_id, body: Some(body) };
+        let head = encode_frame(&frame, raw.len()).unwrap();
+        self.stream.write_all(&head).await.unwrap();
+        self.stream.write_all(&raw).await.unwrap();
+        self.next_id
+    }
+
+    pub async fn send_bytes(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).await.unwrap();
+    }
+
+    /// The next frame; `None` when the server closed the connection.
+    pub async fn receive(&mut self) -> Option<(u64, Answer)> {
+        loop {
+            if let Some(size) = frame_size(&self.buffer).unwrap()
+                && self.buffer.len() >= size
+            {
+                let (frame, body) = decode_frame::<wire::Frame>(self.buffer.split_to(size).freeze()).unwrap();
+                let answer = match frame.body.unwrap() {
+                    Body::Error(error) => Err(error),
+                    other => Ok((other, body)),
+                };
+                return Some((frame.request_id, answer));
+            }
+            let read = timeout(PATIENCE, self.stream.read_buf(&mut self.buffer)).await.expect("an answer in time");
+            if read.unwrap_or(0) == 0 {
+                return None;
+            }
+        }
+    }
+
+    pub async fn request(&mut self, body: Body, batches: &[Batch]) -> Answer {
+        let id = self.send(body, batches).await;
+        let (answered, answer) = self.receive().await.expect("the connection stands");
+        assert_eq!(answered, id, "{answer:?}");
+        answer
+    }
+
+    pub async fn describe(&mut self, topic: &str) -> Result<wire::TopicDescription, wire::Error> {
+        match self.request(Body::DescribeTopic(wire::DescribeTopic { topic: topic.into() }), &[]).await? {
+            (Body::TopicDescription(description), _) => Ok(description),
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+
+    pub async fn produce(&mut self, topic: &str, partition: u32, batch: Batch) -> Result<wire::Produced, wire::Error> {
+        let request = wire::Produce { topic: topic.into(), partition, ..Default::default() };
+        match self.request(Body::Produce(request), &[batch]).await? {
+            (Body::Produced(produced), _) => Ok(produced),
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+
+    pub async fn fetch(&mut self, request: wire::Fetch) -> Result<Vec<String>, wire::Error> {
+        match self.request(Body::Fetch(request), &[]).await? {
+            (Body::Fetched(_), body) => Ok(payloads(body)),
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+
+    pub async fn work(&mut self, request: wire::Work) -> Result<(wire::Leased, Vec<String>), wire::Error> {
+        match self.request(Body::Work(request), &[]).await? {
+            (Body::Leased(leased), body) => Ok((leased, payloads(body))),
+            (other, _) => panic!("{other:?}"),
+        }
+    }
+}
+
+pub fn fetch_from(topic: &str, offset: u64) -> wire::Fetch {
+    wire::Fetch { topic: topic.into(), offset, ..Default::default() }
+}
+
+pub fn payloads(mut body: Bytes) -> Vec<String> {
+    let mut out = Vec::new();
+    while !body.is_empty() {
+        let batch = Batch::split_from(&mut body).unwrap();
+        arqon_proto::records(&batch, |_, record| {
+            out.push(String::from_utf8(record.payload.to_vec()).unwrap());
+            Ok::<_, arqon_proto::DecodeError>(())
+        })
+        .unwrap();
+    }
+    out
+}
+
+pub fn batch(payloads: &[&str]) -> Batch {
+    batch_of("", payloads.iter().map(|text| Bytes::copy_from_slice(text.as_bytes())), None)
+}
+
+pub fn batch_of(schema: &str, payloads: impl IntoIterator<Item = Bytes>, producer: Option<ProducerStamp>) -> Batch {
+    let mut builder = BatchBuilder::new();
+    for payload in payloads {
+        let id = *uuid::Uuid::now_v7().as_bytes();
+        builder.push(&Record { id, schema: schema.into(), payload, ..Default::default() }).unwrap();
+    }
+    builder.build(Compression::None, producer)
+}
