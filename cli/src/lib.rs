@@ -1,0 +1,37 @@
+//! The one binary, `arqon`: joins the parts of ArqonBus behind subcommands.
+//!
+//! ```text
+//!   command ─┬─ serve      node, shield, operator http       (roles, from a file until a signal)
+//!            ├─ up, demo ── cluster ── process               (roles as children on this machine)
+//!            ├─ topic, cluster_status ── connect             (gRPC control plane)
+//!            ├─ publish, consume, work ── connect            (frames, through sdk/)
+//!            └─ token, offline, doctor                       (no server)
+//! ```
+//!
+//! Standard output carries results alone, one JSON document (or one a line) with `--json`;
+//! errors are one line on standard error.
+
+mod cluster;
+mod cluster_status;
+mod command;
+mod connect;
+mod consume;
+mod demo;
+mod doctor;
+mod failure;
+mod health;
+mod logging;
+mod offline;
+mod output;
+mod ports;
+mod process;
+mod publish;
+mod serve;
+mod signals;
+mod token;
+mod topic;
+mod up;
+mod work;
+
+pub use command::main;
+pub use failure::Failure;

@@ -1,0 +1,157 @@
+//! What README.md shows, and what becomes of processes and data when somebody stops or dies.
+
+mod running;
+
+use std::path::Path;
+use std::time::Duration;
+
+use running::{Cluster, arqon, documents, eventually, fail, is_running, succeed};
+
+#[test]
+fn events_and_jobs_survive_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let bus = folder.path().join("bus");
+    let cluster = Cluster::start(1, &bus);
+    succeed(&mut cluster.arqon(&["topic", "create", "demo.events", "--partitions", "2"]), b"");
+    let receipts = documents(&mut cluster.arqon(&["publish", "demo.events", "--key", "k", "--json"]), b"one\ntwo\n");
+    assert_eq!(receipts.len(), 2);
+    assert!(receipts.iter().all(|receipt| receipt["durability"] == "majority-fsync"), "{receipts:?}");
+    assert_eq!(receipts[0]["partition"], receipts[1]["partition"], "one key, one partition");
+
+    // Through the Shield, with a schema and bytes that are no text.
+    let shield = cluster.text("shield");
+    let args = ["publish", "demo.events", "--server", &shield, "--whole", "--schema", "demo.bytes.v1"];
+    succeed(&mut cluster.arqon(&args), &[0xff, b'\n', 0]);
+    let pids = cluster.pids();
+    assert_eq!(pids.len(), 2, "one node and a Shield");
+    cluster.stop();
+    assert!(pids.iter().all(|pid| !is_running(*pid)));
+
+    let cluster = Cluster::start(1, &bus);
+    let args = ["consume", "demo.events", "--from", "earliest", "--limit", "3", "--json"];
+    let mut events = documents(&mut cluster.arqon(&args), b"");
+    events.sort_by_key(|event| event["time_ms"].as_u64());
+    assert_eq!(events[0]["payload"], "one");
+    assert_eq!(events[1]["payload"], "two");
+    assert_eq!((&events[2]["payload_base64"], &events[2]["schema"]), (&"/woA".into(), &"demo.bytes.v1".into()));
+    // Plain output is the payload, and a position is exclusive of what lies before it.
+    let partition = events[0]["partition"].to_string();
+    let offset = events[1]["offset"].to_string();
+    let args = ["consume", "demo.events", "--partition", &partition, "--from", &offset, "--limit", "1"];
+    assert_eq!(succeed(&mut cluster.arqon(&args), b""), "two\n");
+    cluster.stop();
+}
+
+#[test]
+fn a_command_works_a_queue() {
+    let folder = tempfile::tempdir().unwrap();
+    let cluster = Cluster::start(1, folder.path());
+    succeed(&mut cluster.arqon(&["topic", "create", "demo.jobs"]), b"");
+    let topics = &documents(&mut cluster.arqon(&["topic", "list", "--json"]), b"")[0]["topics"];
+    let names: Vec<&str> = topics.as_array().unwrap().iter().filter_map(|topic| topic["topic"].as_str()).collect();
+    assert_eq!(names, ["demo.jobs", "demo.jobs.dead", "demo.results"]);
+    succeed(&mut cluster.arqon(&["publish", "demo.jobs"]), b"ada\ngrace\n");
+
+    // The first attempt of the second job fails; the job comes back.
+    let exec = "if [ $ARQON_JOB_OFFSET = 1 ] && [ $ARQON_JOB_ATTEMPT = 1 ]; then exit 3; fi; tr a-z A-Z";
+    let args =
+        ["work", "demo.jobs", "--group", "upper", "--limit", "2", "--retry-delay", "50ms", "--exec", exec, "--json"];
+    let outcomes = documents(&mut cluster.arqon(&args), b"");
+    assert_eq!(outcomes.iter().filter(|outcome| outcome["settled"] == true).count(), 2, "{outcomes:?}");
+    assert!(outcomes.iter().any(|outcome| outcome["detail"].as_str().unwrap().contains("exit code 3")), "{outcomes:?}");
+
+    let args = ["consume", "demo.results", "--from", "earliest", "--stop-at-end", "--json"];
+    let results = documents(&mut cluster.arqon(&args), b"");
+    let payloads: Vec<_> = results.iter().map(|result| result["payload"].as_str().unwrap()).collect();
+    assert_eq!(payloads, ["ADA\n", "GRACE\n"]);
+    assert_eq!(results[1]["cause"]["offset"], 1);
+    assert_eq!(results[1]["cause"]["attempt"], 2);
+
+    let status = &documents(&mut cluster.arqon(&["cluster", "status", "--json"]), b"")[0];
+    assert_eq!((&status["leaderless_count"], &status["nodes"][0]["reachable"]), (&0.into(), &true.into()));
+    assert!(succeed(&mut cluster.arqon(&["topic", "describe", "demo.jobs"]), b"").contains("upper: settled to 2"));
+    succeed(&mut cluster.arqon(&["topic", "delete", "demo.jobs"]), b"");
+    fail(&mut cluster.arqon(&["topic", "describe", "demo.jobs"]), b"", 1);
+    cluster.stop();
+}
+
+#[test]
+fn a_token_allows_what_it_says_and_no_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let cluster = Cluster::start(1, folder.path());
+    succeed(&mut cluster.arqon(&["topic", "create", "a.events"]), b"");
+    let key = folder.path().join("token.pem").display().to_string();
+    let token = succeed(
+        &mut arqon(&["token", "--key", &key, "--tenant", "local", "--subject", "x", "--permission", "publish:a.*"]),
+        b"",
+    );
+    succeed(cluster.arqon(&["publish", "a.events"]).env("ARQON_TOKEN", token.trim()), b"x\n");
+    let args = ["consume", "a.events", "--from", "earliest", "--limit", "1"];
+    let error = fail(cluster.arqon(&args).env("ARQON_TOKEN", token.trim()), b"", 1);
+    assert!(error.contains("AUTHORIZATION_DENIED") && error.contains("a.events"), "{error}");
+    cluster.stop();
+}
+
+#[test]
+fn the_log_can_be_read_without_its_node() {
+    let folder = tempfile::tempdir().unwrap();
+    let bus = folder.path().join("bus");
+    let cluster = Cluster::start(1, &bus);
+    succeed(&mut cluster.arqon(&["topic", "create", "a.events"]), b"");
+    let input: String = (0..1_000).map(|number| format!("event number {number}\n")).collect();
+    succeed(&mut cluster.arqon(&["publish", "a.events"]), input.as_bytes());
+    cluster.stop();
+    let data = bus.join("node-1").display().to_string();
+    let report = &documents(&mut arqon(&["log", "verify", &data, "--json"]), b"")[0];
+    assert_eq!((&report["valid"], &report["records"]), (&true.into(), &1_000.into()), "{report}");
+    let document = &documents(&mut arqon(&["log", "inspect", &data, "--json", "--batches"]), b"")[0];
+    assert_eq!((&document["cluster"], &document["node"]), (&"local".into(), &1.into()));
+    assert!(succeed(&mut arqon(&["log", "inspect", &data]), b"").contains("1000 records"));
+
+    // One flipped bit in the middle of the records.
+    let segment = segment_with(&document["logs"], &data, b"event number 500");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let at = position(&bytes, b"event number 500").unwrap();
+    bytes[at] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    let error = fail(&mut arqon(&["log", "verify", &data]), b"", 1);
+    assert!(error.contains("1 places are damaged"), "{error}");
+}
+
+fn position(bytes: &[u8], text: &[u8]) -> Option<usize> {
+    bytes.windows(text.len()).position(|window| window == text)
+}
+
+fn segment_with(logs: &serde_json::Value, data: &str, text: &[u8]) -> std::path::PathBuf {
+    let segments = logs.as_array().unwrap().iter().flat_map(|log| log["segments"].as_array().unwrap());
+    let mut paths = segments.map(|segment| Path::new(data).join(segment["path"].as_str().unwrap()));
+    paths.find(|path| position(&std::fs::read(path).unwrap(), text).is_some()).unwrap()
+}
+
+#[test]
+fn nothing_is_left_behind_when_arqon_up_is_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let cluster = Cluster::start(3, folder.path());
+    let pids = cluster.pids();
+    assert_eq!(pids.len(), 4);
+    assert!(pids.iter().all(|pid| is_running(*pid)));
+    cluster.kill();
+    eventually("the end of all processes", Duration::from_secs(10), || pids.iter().all(|pid| !is_running(*pid)));
+}
+
+#[test]
+fn prepare_writes_everything_and_starts_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = arqon(&["up", "--nodes", "3", "--prepare", "--json", "--data"]);
+    let document = documents(command.arg(folder.path()), b"").remove(0);
+    assert_eq!(document["pids"], serde_json::json!([]));
+    assert_eq!(document["server"].as_str().unwrap().split(',').count(), 3);
+    for name in ["node-1.toml", "node-2.toml", "node-3.toml", "shield.toml", "token"] {
+        assert!(folder.path().join(name).exists(), "{name}");
+    }
+    // The same directory again is the same cluster, and another size is refused.
+    let mut command = arqon(&["up", "--nodes", "3", "--prepare", "--json", "--data"]);
+    assert_eq!(documents(command.arg(folder.path()), b"")[0]["server"], document["server"]);
+    let error = fail(arqon(&["up", "--nodes", "1", "--prepare", "--data"]).arg(folder.path()), b"", 1);
+    assert!(error.contains("--nodes 3"), "{error}");
+}
