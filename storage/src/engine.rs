@@ -15,6 +15,7 @@
 pub(crate) mod ring;
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -42,12 +43,15 @@ pub(crate) struct Engine {
     pool_ready: Condvar,
     chores: Mutex<Chores>,
     chores_ready: Condvar,
+    /// Logs that are scheduled and chores that run. The threads end when there are none left,
+    /// since each of them may still get work from another.
+    active_count: AtomicUsize,
+    stopped: AtomicBool,
 }
 
 #[derive(Default)]
 struct Pool {
     logs: VecDeque<Arc<LogCore>>,
-    stopped: bool,
 }
 
 #[derive(Default)]
@@ -55,7 +59,6 @@ struct Chores {
     fills: VecDeque<(Arc<LogCore>, Arc<Segment>)>,
     checkpoints: VecDeque<(Arc<LogCore>, CheckpointWrite)>,
     marks: VecDeque<(Instant, Weak<LogCore>)>,
-    stopped: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -84,6 +87,8 @@ impl Engine {
             pool_ready: Condvar::new(),
             chores: Mutex::default(),
             chores_ready: Condvar::new(),
+            active_count: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
         });
         let mut threads = Vec::new();
         let mut spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
@@ -109,17 +114,46 @@ impl Engine {
 
     /// Ends the threads after what is queued.
     pub fn stop(&self) {
-        lock(&self.pool).stopped = true;
+        {
+            // Under this lock, so that a chore either counts already or is never begun.
+            let _chores = lock(&self.chores);
+            self.stopped.store(true, Ordering::SeqCst);
+        }
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
+        // Taking the locks: a thread between its check and its wait would miss the news.
+        drop(lock(&self.pool));
         self.pool_ready.notify_all();
-        lock(&self.chores).stopped = true;
+        drop(lock(&self.chores));
         self.chores_ready.notify_all();
         if let Some(ring) = &self.ring {
-            ring.stop();
+            ring.wake();
         }
     }
 
-    /// Takes a log with operations in its queue.
-    pub fn push(&self, core: Arc<LogCore>) {
+    fn may_end(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst) && self.active_count.load(Ordering::SeqCst) == 0
+    }
+
+    fn begin(&self) {
+        self.active_count.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn end(&self) {
+        if self.active_count.fetch_sub(1, Ordering::SeqCst) == 1 && self.stopped.load(Ordering::SeqCst) {
+            self.wake_all();
+        }
+    }
+
+    /// Takes a log that was not scheduled and now has operations in its queue.
+    pub fn schedule(&self, core: Arc<LogCore>) {
+        self.begin();
+        self.push(core);
+    }
+
+    fn push(&self, core: Arc<LogCore>) {
         match &self.ring {
             Some(ring) => {
                 if let Err(core) = ring.push(core) {
@@ -143,7 +177,7 @@ impl Engine {
                     if let Some(core) = pool.logs.pop_front() {
                         break core;
                     }
-                    if pool.stopped {
+                    if self.may_end() {
                         return;
                     }
                     pool = self.pool_ready.wait(pool).unwrap_or_else(PoisonError::into_inner);
@@ -162,6 +196,8 @@ impl Engine {
         let mut state = core.lock();
         if state.queue.is_empty() {
             state.scheduled = false;
+            drop(state);
+            self.end();
             return;
         }
         drop(state);
@@ -198,13 +234,16 @@ impl Engine {
             let chore = {
                 let mut chores = lock(&self.chores);
                 loop {
-                    if let Some(chore) = chores.take(Instant::now()) {
+                    let stopped = self.stopped.load(Ordering::SeqCst);
+                    if let Some(chore) = chores.take(Instant::now(), stopped) {
+                        self.begin();
                         break chore;
                     }
-                    if chores.stopped {
+                    if self.may_end() {
                         return;
                     }
-                    let wait = chores.marks.front().map(|(due, _)| due.saturating_duration_since(Instant::now()));
+                    let next = chores.marks.front().filter(|_| !stopped);
+                    let wait = next.map(|(due, _)| due.saturating_duration_since(Instant::now()));
                     chores = match wait {
                         Some(wait) => {
                             self.chores_ready.wait_timeout(chores, wait).unwrap_or_else(PoisonError::into_inner).0
@@ -218,6 +257,7 @@ impl Engine {
                 Chore::Fill(core, segment) => self.fill(&core, &segment, &mut next_fill_at),
                 Chore::Mark(core) => self.sync_idle_mark(&core),
             }
+            self.end();
         }
     }
 
@@ -259,14 +299,14 @@ enum Chore {
 }
 
 impl Chores {
-    fn take(&mut self, now: Instant) -> Option<Chore> {
+    fn take(&mut self, now: Instant, stopped: bool) -> Option<Chore> {
         if let Some((core, segment)) = self.fills.pop_front() {
             return Some(Chore::Fill(core, segment));
         }
         if let Some((core, write)) = self.checkpoints.pop_front() {
             return Some(Chore::Checkpoint(core, write));
         }
-        while self.marks.front().is_some_and(|(due, _)| *due <= now) {
+        while !stopped && self.marks.front().is_some_and(|(due, _)| *due <= now) {
             if let Some(core) = self.marks.pop_front().and_then(|(_, core)| core.upgrade()) {
                 return Some(Chore::Mark(core));
             }

@@ -170,7 +170,7 @@ impl LogCore {
     /// Gives the log to the engine unless the engine has it.
     pub fn schedule(self: &Arc<Self>, state: &mut State) {
         if !std::mem::replace(&mut state.scheduled, true) {
-            self.engine.push(Arc::clone(self));
+            self.engine.schedule(Arc::clone(self));
         }
     }
 

@@ -125,7 +125,7 @@ pub(crate) fn recover(
     replica: ReplicaId,
 ) -> Result<(State, LogIo, Recovery), OpenError> {
     let opener = Opener { disk: engine.disk.as_ref(), dir: log_dir(group, replica), group, replica };
-    let manifest = opener.manifest()?;
+    let mut manifest = opener.manifest()?;
     let vote = opener.vote()?;
     let names = opener.disk.list(&opener.dir).map_err(|error| opener.io(&opener.dir, error))?;
     let (found, mut leftover) = opener.segments(&names, &manifest)?;
@@ -137,8 +137,9 @@ pub(crate) fn recover(
         sealed_at: None,
         committed: None,
     });
+    let tail_is_there = manifest.tail.is_none_or(|tail| found.iter().any(|found| found.header.base_index == tail));
     let mut walked = opener.walk(&manifest, &mark, found)?;
-    let cut = opener.judge(&manifest, &mark, &walked)?;
+    let cut = opener.judge(&mark, &walked, manifest.tail.filter(|_| !tail_is_there))?;
 
     let mut recovery = Recovery {
         last: walked.last,
@@ -164,7 +165,7 @@ pub(crate) fn recover(
     }
     recovery.cut = cut;
     let (mark, sealed) = opener
-        .settle(&manifest, mark, &mut walked, &recovery, &leftover, &vote)
+        .settle(&mut manifest, mark, &mut walked, &recovery, &leftover, &vote)
         .map_err(|error| opener.io(&opener.dir, error))?;
     let marked = walked.segments.back().map(|tail| Arc::clone(&tail.segment));
     let tail_open = !sealed && !walked.segments.is_empty();
@@ -392,7 +393,7 @@ impl Opener<'_> {
     }
 
     /// The table above.
-    fn judge(&self, manifest: &Manifest, mark: &Mark, walked: &Walked) -> Result<Option<Cut>, OpenError> {
+    fn judge(&self, mark: &Mark, walked: &Walked, missing: Option<RaftIndex>) -> Result<Option<Cut>, OpenError> {
         let index = walked.end.index;
         if let Stop::Newer(version) = walked.stop {
             let what = format!("{}/{}/{}", self.disk.name(), self.dir, walked.stop_place);
@@ -410,10 +411,8 @@ impl Opener<'_> {
                 reason.unwrap_or("the log ends there")
             )));
         }
-        if let Some(tail) = manifest.tail
-            && !walked.segments.iter().any(|segment| segment.segment.header.base_index == tail)
-        {
-            return Err(self.quarantine(format!("the segment that begins with entry {tail} is not there")));
+        if let Some(base) = missing {
+            return Err(self.quarantine(format!("the segment that begins with entry {base} is not there")));
         }
         Ok(reason.map(|reason| Cut {
             index: RaftIndex(index),
@@ -444,7 +443,7 @@ impl Opener<'_> {
     /// may be in the page cache only. Says the new mark, and whether the tail is sealed.
     fn settle(
         &self,
-        manifest: &Manifest,
+        manifest: &mut Manifest,
         mark: Mark,
         walked: &mut Walked,
         recovery: &Recovery,
@@ -490,6 +489,12 @@ impl Opener<'_> {
         }
         if let Some(tail) = walked.segments.back().filter(|_| !sealed) {
             tail.segment.allow_fill(self.disk)?;
+        }
+        // A truncation that had lowered the mark and not yet the manifest is completed here.
+        let tail = walked.segments.back().map(|tail| tail.segment.header.base_index);
+        if manifest.tail != tail {
+            manifest.tail = tail;
+            disk::replace(self.disk, &self.dir, MANIFEST_FILE, manifest.encode())?;
         }
         for name in leftover {
             self.disk.remove(&join(&self.dir, name))?;

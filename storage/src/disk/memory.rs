@@ -21,14 +21,14 @@ enum Node {
     Dir(usize),
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct FileData {
     now: Vec<u8>,
     durable: Vec<u8>,
     unsynced: Vec<(u64, Vec<u8>)>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct DirData {
     now: BTreeMap<String, Node>,
     durable: BTreeMap<String, Node>,
@@ -36,7 +36,7 @@ struct DirData {
     unsynced: Vec<Vec<(String, Option<Node>)>>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Contents {
     files: Vec<FileData>,
     dirs: Vec<DirData>,
@@ -167,6 +167,14 @@ impl MemoryDisk {
     #[must_use]
     pub fn again(&self) -> Self {
         Self { lock: Arc::default(), ..self.clone() }
+    }
+
+    /// Another disk with the same contents, synced and unsynced.
+    #[must_use]
+    pub fn copy_of(disk: &Self) -> Self {
+        let contents = Contents { locked: Weak::new(), ..disk.lock_contents().clone() };
+        let life = contents.life;
+        Self { contents: Arc::new(Mutex::new(contents)), life, lock: Arc::default() }
     }
 
     /// The bytes of a file now, for tests that damage them.

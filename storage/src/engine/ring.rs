@@ -35,7 +35,6 @@ struct Shared {
 #[derive(Default)]
 struct Inbox {
     logs: VecDeque<Arc<LogCore>>,
-    stopped: bool,
     /// The ring failed: everything goes to the pool.
     broken: bool,
 }
@@ -70,8 +69,8 @@ impl Handle {
         Ok(())
     }
 
-    pub fn stop(&self) {
-        self.0.lock().stopped = true;
+    /// Makes the thread look again.
+    pub fn wake(&self) {
         self.0.wake();
     }
 }
@@ -154,8 +153,7 @@ impl Ring {
             {
                 self.start(engine, core, &mut flights);
             }
-            let idle = flights.in_use == 0;
-            if idle && self.shared.lock().stopped && self.shared.lock().logs.is_empty() {
+            if engine.may_end() {
                 return;
             }
             if !armed {
@@ -163,7 +161,7 @@ impl Ring {
                 // SAFETY: the entry refers to no memory, and `woken` lives as long as the ring.
                 armed = unsafe { self.ring.submission().push(&poll) }.is_ok();
             }
-            if let Err(error) = self.wait(&flights) {
+            if let Err(error) = self.wait(engine, &flights) {
                 self.give_up(engine, flights, &error);
                 return;
             }
@@ -186,12 +184,9 @@ impl Ring {
     }
 
     /// Submits, and waits for a completion unless there is more to start.
-    fn wait(&self, flights: &Flights) -> io::Result<()> {
+    fn wait(&self, engine: &Engine, flights: &Flights) -> io::Result<()> {
         self.shared.asleep.store(true, Ordering::SeqCst);
-        let more = {
-            let inbox = self.shared.lock();
-            flights.in_use < IN_USE_MAX && !inbox.logs.is_empty() || flights.in_use == 0 && inbox.stopped
-        };
+        let more = flights.in_use < IN_USE_MAX && !self.shared.lock().logs.is_empty() || engine.may_end();
         let result = self.ring.submit_and_wait(usize::from(!more));
         self.shared.asleep.store(false, Ordering::SeqCst);
         match result {

@@ -1,12 +1,10 @@
 //! What every backend must do: the same cases on the disk in memory, on files, and on files
 //! through io_uring.
 
-mod support;
-
+use crate::support::*;
 use arqon_proto::{Offset, RaftIndex};
 use arqon_storage::{CheckpointKind, LogPosition, OpenError, ReadError};
 use bytes::Bytes;
-use support::*;
 
 #[test]
 fn entries_are_readable_at_once_and_the_same_after_a_restart() {

@@ -1,0 +1,284 @@
+//! Power cuts at every change that a run makes to the disk.
+//!
+//! The story of each case: a replica appends, truncates, votes, purges, saves checkpoints and
+//! installs a snapshot; at change number n the power goes; of what was not synced each write and
+//! each name is there, torn or gone, by a seed; half of the time the power goes again while the
+//! log is being opened. Then it is opened for good and judged.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::mpsc::Receiver;
+
+use crate::support::*;
+use arqon_proto::{Batch, Offset, RaftIndex};
+use arqon_storage::{CheckpointKind, Log, LogPosition, MemoryDisk, OpenError, Store};
+use bytes::Bytes;
+
+type Entry = (u64, u64, u32, Bytes);
+
+/// What the run did, and what it was told.
+#[derive(Default)]
+struct Promises {
+    /// The log in memory.
+    live: BTreeMap<u64, Entry>,
+    /// Flushed, and not asked to be dropped since.
+    kept: BTreeMap<u64, Entry>,
+    /// Every entry ever appended, by term and index.
+    known: BTreeMap<(u64, u64), Entry>,
+    /// Truncated by a call that returned.
+    dead: BTreeSet<(u64, u64)>,
+    purged: Option<LogPosition>,
+    purge_asked: Option<LogPosition>,
+    vote: Option<Bytes>,
+    vote_asked: Option<Bytes>,
+    checkpoint: Option<LogPosition>,
+    waiting: Vec<(Vec<Entry>, Receiver<io::Result<()>>)>,
+    acknowledged_count: usize,
+}
+
+impl Promises {
+    fn append(&mut self, log: &Log, batches: Vec<Batch>) {
+        let entries: Vec<Entry> = batches.iter().map(essence).collect();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        if log.append(batches, Box::new(move |result| drop(sender.send(result)))).is_err() {
+            return;
+        }
+        for entry in &entries {
+            self.live.insert(entry.1, entry.clone());
+            self.known.insert((entry.0, entry.1), entry.clone());
+        }
+        self.waiting.push((entries, receiver));
+    }
+
+    fn collect(&mut self) {
+        for (entries, receiver) in std::mem::take(&mut self.waiting) {
+            if receiver.recv().expect("every callback runs").is_err() {
+                continue;
+            }
+            for entry in entries {
+                self.acknowledged_count += 1;
+                if self.live.get(&entry.1) == Some(&entry) {
+                    self.kept.insert(entry.1, entry);
+                }
+            }
+        }
+    }
+
+    fn truncate(&mut self, log: &Log, index: u64) {
+        self.collect();
+        let gone = self.live.split_off(&index);
+        self.kept.split_off(&index);
+        if block_on(log.truncate_from(RaftIndex(index))).is_ok() {
+            self.dead.extend(gone.values().map(|entry| (entry.0, entry.1)));
+        }
+    }
+
+    fn purge(&mut self, log: &Log, position: LogPosition) {
+        self.collect();
+        self.kept = self.kept.split_off(&(position.index.0 + 1));
+        self.live = self.live.split_off(&(position.index.0 + 1));
+        self.ask_purge(position);
+        if block_on(log.purge_through(position)).is_ok() {
+            self.purged = Some(position);
+        }
+    }
+
+    fn install(&mut self, log: &Log, position: LogPosition) {
+        self.collect();
+        let gone = std::mem::take(&mut self.live);
+        self.kept.clear();
+        self.ask_purge(position);
+        self.checkpoint = None;
+        let checkpoint = vec![(CheckpointKind::Newest, Bytes::from("installed"))];
+        if block_on(log.install(position, Offset(5_000), checkpoint)).is_ok() {
+            self.purged = Some(position);
+            self.checkpoint = Some(position);
+            self.dead.extend(gone.values().map(|entry| (entry.0, entry.1)));
+        }
+    }
+
+    fn save_vote(&mut self, log: &Log, vote: &'static str) {
+        // After one that failed, all later ones are refused without touching the disk.
+        if self.vote_asked == self.vote {
+            self.vote_asked = Some(Bytes::from(vote));
+        }
+        if block_on(log.save_vote(Bytes::from(vote))).is_ok() {
+            self.vote.clone_from(&self.vote_asked);
+        }
+    }
+
+    fn ask_purge(&mut self, position: LogPosition) {
+        if self.purge_asked == self.purged {
+            self.purge_asked = Some(position);
+        }
+    }
+
+    fn save_checkpoint(&mut self, log: &Log) {
+        let Some(position) = log.last() else { return };
+        let saved = block_on(log.save_checkpoint(CheckpointKind::Newest, position, Bytes::from("state")));
+        if saved.is_ok() {
+            self.checkpoint = Some(position);
+        }
+    }
+
+    /// The whole run. Failures of the log are what a power cut looks like from inside.
+    fn run(&mut self, log: &Log) {
+        let entries = |term: u64, log: &Log, count: u64, size: usize| -> Vec<Batch> {
+            let start = next_index(log);
+            (start..start + count).map(|index| data(term, index, 1 + index as u32 % 3, size, index)).collect()
+        };
+        self.append(log, vec![control(1, 0, "members")]);
+        self.collect();
+        self.save_vote(log, "vote 1");
+        for step in 0..6 {
+            self.append(log, entries(1, log, 1 + step, 300 + 100 * step as usize));
+        }
+        log.save_committed(position(1, 4));
+        self.collect();
+        self.save_checkpoint(log);
+        self.append(log, entries(1, log, 12, 900));
+        self.truncate(log, 20);
+        self.append(log, entries(2, log, 3, 200));
+        self.append(log, entries(2, log, 20, 1_000));
+        self.save_vote(log, "vote 2");
+        self.truncate(log, 9);
+        self.append(log, entries(3, log, 30, 700));
+        self.collect();
+        self.save_checkpoint(log);
+        if let Some(entry) = self.live.get(&12).cloned() {
+            self.purge(log, LogPosition::new(entry.0, 12));
+        }
+        self.append(log, entries(3, log, 2, 6_000));
+        if let Some(entry) = self.live.get(&35).cloned() {
+            self.purge(log, LogPosition::new(entry.0, 35));
+        }
+        self.collect();
+        self.save_vote(log, "vote 3");
+        self.append(log, entries(3, log, 2, 100));
+        self.install(log, LogPosition::new(4, 100));
+        if log.last() == Some(LogPosition::new(4, 100)) {
+            self.append(log, entries(4, log, 3, 500));
+            self.truncate(log, 101);
+            self.append(log, entries(5, log, 25, 500));
+        }
+        self.collect();
+    }
+
+    /// What must hold for the log as it was found.
+    fn judge(&self, log: &Log) -> Result<(), String> {
+        let purged = log.purged();
+        if purged != self.purged && purged != self.purge_asked {
+            return Err(format!("purged is {purged:?}, told {:?}, asked {:?}", self.purged, self.purge_asked));
+        }
+        let start = purged.map_or(0, |purged| purged.index.0 + 1);
+        let found: BTreeMap<u64, Entry> =
+            read_entries(log, start, 3_000).iter().map(|batch| (batch.header.index.0, essence(batch))).collect();
+        if next_index(log) != start + found.len() as u64 {
+            return Err(format!("{} entries for indexes {start}..{}", found.len(), next_index(log)));
+        }
+        for (index, entry) in &self.kept {
+            if *index >= start && found.get(index) != Some(entry) {
+                return Err(format!("flushed entry {}-{index} is lost", entry.0));
+            }
+        }
+        for (index, entry) in &found {
+            let place = (entry.0, *index);
+            if self.known.get(&place) != Some(entry) {
+                return Err(format!("entry {}-{index} was never appended so", entry.0));
+            }
+            if self.dead.contains(&place) {
+                return Err(format!("truncated entry {}-{index} came back", entry.0));
+            }
+        }
+        if log.vote() != self.vote && log.vote() != self.vote_asked {
+            return Err(format!("vote is {:?}, told {:?}, asked {:?}", log.vote(), self.vote, self.vote_asked));
+        }
+        if log.committed() > log.last() || log.flushed() != log.last() {
+            return Err(format!("committed {:?}, flushed {:?}, last {:?}", log.committed(), log.flushed(), log.last()));
+        }
+        let checkpoints = log.checkpoints();
+        if let Some(saved) = self.checkpoint
+            && checkpoints.first().is_none_or(|(_, newest)| *newest < saved)
+        {
+            return Err(format!("checkpoint at {saved} is lost: {checkpoints:?}"));
+        }
+        for (kind, at) in checkpoints {
+            if Some(at) > log.last() {
+                return Err(format!("checkpoint at {at} is above the end"));
+            }
+            log.load_checkpoint(kind, at).map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+}
+
+fn open(disk: &MemoryDisk) -> Result<(Store, Log), OpenError> {
+    let options = arqon_storage::Options { thread_count: 1, ..small_options() };
+    let store = Store::open_on(std::sync::Arc::new(disk.again()), identity(), options)?;
+    let (log, _) = store.open_log(GROUP, REPLICA)?;
+    Ok((store, log))
+}
+
+/// Runs until the power goes at change `at`. Says how many changes there were.
+fn run(disk: &MemoryDisk, at: Option<u64>) -> (Promises, u64) {
+    let mut promises = Promises::default();
+    let (store, log) = open(disk).expect("an empty disk opens");
+    let before = disk.operation_count();
+    if let Some(at) = at {
+        disk.power_off_at(before + at);
+    }
+    promises.run(&log);
+    drop((store, log));
+    (promises, disk.operation_count() - before)
+}
+
+fn judge_cut(at: u64, seed: u64) -> usize {
+    let disk = MemoryDisk::new();
+    let (promises, _) = run(&disk, Some(at));
+    let mut disk = disk.cut(seed);
+    if seed % 2 == 1 {
+        disk.power_off_at(disk.operation_count() + seed / 2 % 24);
+        drop(open(&disk));
+        disk = disk.cut(seed ^ 0x5555);
+    }
+    let story = format!("power cut at change {at}, seed {seed}");
+    let (store, log) = open(&disk).unwrap_or_else(|error| panic!("{story}: {error}"));
+    promises.judge(&log).unwrap_or_else(|reason| panic!("{story}: {reason}"));
+
+    // Life goes on, and what is written now stands too.
+    let term = log.last().map_or(9, |last| last.term.0 + 9);
+    append_many(&log, term, 12, 800);
+    let expected = read_entries(&log, log.purged().map_or(0, |purged| purged.index.0 + 1), usize::MAX);
+    drop((store, log));
+    let disk = disk.cut(seed + 1);
+    let (_store, log) = open(&disk).unwrap_or_else(|error| panic!("{story}, again: {error}"));
+    let found = read_entries(&log, log.purged().map_or(0, |purged| purged.index.0 + 1), usize::MAX);
+    assert_eq!(found, expected, "{story}, again");
+    promises.acknowledged_count
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_whenever_the_power_goes() {
+    let (promises, count) = run(&MemoryDisk::new(), None);
+    assert!(promises.acknowledged_count > 100 && count > 100, "the run does too little to judge");
+    let seeds: u64 = std::env::var("CRASH_SEEDS").map_or(4, |seeds| seeds.parse().unwrap());
+    let mut acknowledged_count = 0;
+    for at in 0..count + 20 {
+        for seed in 0..seeds {
+            acknowledged_count += judge_cut(at, at * 1_000 + seed);
+        }
+    }
+    assert!(acknowledged_count > 1_000, "the cuts came before anything was acknowledged");
+}
+
+#[test]
+fn a_crash_of_the_process_alone_loses_nothing_that_was_written() {
+    // The page cache stays: everything written is there, synced or not.
+    let fixture = Fixture::memory();
+    let (store, log, _) = fixture.open();
+    append_many(&log, 1, 50, 700);
+    drop((store, log));
+    let (_store, log, recovery) = fixture.open();
+    assert_eq!((log.last(), recovery.cut), (Some(position(1, 49)), None));
+    assert_eq!(recovery.unmarked_count, 0, "the mark is written before the acknowledgement");
+}
