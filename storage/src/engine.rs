@@ -15,6 +15,7 @@
 pub(crate) mod ring;
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -184,8 +185,11 @@ impl Engine {
                 }
             };
             let op = core.lock().queue.pop_front();
-            if let Some(op) = op {
-                core.run(op);
+            if let Some(op) = op
+                && catch_unwind(AssertUnwindSafe(|| core.run(op))).is_err()
+            {
+                // A broken rule of one log must not end the writes of all others.
+                core.poison("an operation of the log panicked");
             }
             self.release(core);
         }

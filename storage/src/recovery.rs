@@ -497,7 +497,11 @@ impl Opener<'_> {
             disk::replace(self.disk, &self.dir, MANIFEST_FILE, manifest.encode())?;
         }
         for name in leftover {
-            self.disk.remove(&join(&self.dir, name))?;
+            match self.disk.remove(&join(&self.dir, name)) {
+                // Replacing a file has used up its `.tmp`.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
         self.disk.sync_dir(&self.dir)?;
         if recovery.rewritten {

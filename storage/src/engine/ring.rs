@@ -275,6 +275,7 @@ impl Ring {
         tracing::error!("io_uring failed, going on without it: {error}");
         for flight in flights.slots.drain(..).flatten() {
             flight.core.poison(&format!("io_uring failed: {error}"));
+            engine.release(Arc::clone(&flight.core));
             // The kernel may still read the buffers.
             std::mem::forget(flight);
         }

@@ -176,7 +176,7 @@ fn a_failing_disk_poisons_the_log_and_loses_nothing_acknowledged() {
             disk.fail(operation, skip, kind);
             let mut acknowledged = 5;
             let mut failed = false;
-            for _ in 0..40 {
+            for _ in 0..200 {
                 let (sender, receiver) = std::sync::mpsc::channel();
                 let batch = data(1, next_index(&log), 1, 700, 0);
                 if log.append(vec![batch], Box::new(move |result| drop(sender.send(result)))).is_err() {
