@@ -88,7 +88,7 @@ impl NewEvent {
     ///
     /// # Errors
     /// [`Error::Invalid`] naming the field over its limit.
-    pub(crate) fn to_record(&mut self) -> Result<Record, Error> {
+    pub(crate) fn record(&mut self) -> Result<Record, Error> {
         let id = *self.id.get_or_insert_with(|| Uuid::now_v7().into_bytes());
         let mut headers = self.headers.clone();
         if !self.traceparent.is_empty() {
@@ -201,8 +201,8 @@ mod tests {
                 .event_type(EventType::Job)
                 .traceparent("00-aa-bb-01");
             let mut builder = BatchBuilder::new();
-            builder.push(&NewEvent::new("first").to_record().unwrap()).unwrap();
-            builder.push(&new.to_record().unwrap()).unwrap();
+            builder.push(&NewEvent::new("first").record().unwrap()).unwrap();
+            builder.push(&new.record().unwrap()).unwrap();
             let stamp = ProducerStamp { id: [9; 16], epoch: 1, base_sequence: 40 };
             let mut batch = builder.build(compression, Some(stamp));
             let source = wire::StampSource { topic: "g.jobs".into(), operator_id: "op".into(), ..Default::default() };
@@ -229,9 +229,9 @@ mod tests {
 
     #[test]
     fn a_wrong_event_names_its_field() {
-        let error = NewEvent::new(vec![0; 2 << 20]).to_record().unwrap_err().to_string();
+        let error = NewEvent::new(vec![0; 2 << 20]).record().unwrap_err().to_string();
         assert_eq!(error, "payload has 2097152 bytes, the limit is 1048576");
-        let error = NewEvent::new("x").schema("nope").to_record().unwrap_err().to_string();
+        let error = NewEvent::new("x").schema("nope").record().unwrap_err().to_string();
         assert!(error.starts_with("schema"), "{error}");
     }
 }

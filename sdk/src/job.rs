@@ -92,7 +92,7 @@ impl Job {
         }
         arqon_proto::check_topic(results_topic).map_err(crate::client::invalid_name)?;
         let mut builder = BatchBuilder::new();
-        builder.push(&result.to_record()?).map_err(|error| Error::invalid("event", error.to_string()))?;
+        builder.push(&result.record()?).map_err(|error| Error::invalid("event", error.to_string()))?;
         let mut batch = BytesMut::new();
         builder.build(Compression::None, None).encode_into(&mut batch);
         let produce = wire::Produce {

@@ -220,7 +220,7 @@ impl Producer {
 
     async fn queue(&self, event: &mut NewEvent) -> Result<Delivery, Error> {
         let inner = &self.inner;
-        let record = event.to_record()?;
+        let record = event.record()?;
         let size = record.encoded_size() as u32;
         let room = inner.room.clone().acquire_many_owned(size).await.map_err(|_| Error::Closed)?;
         if inner.closed.load(Ordering::Acquire) {

@@ -1,0 +1,178 @@
+//! What a worker promises: bounded, fair, one result a job, nothing forgotten.
+
+mod fake;
+
+use std::{collections::HashSet, time::Duration};
+
+use arqon_sdk::{Client, Error, Job, NewEvent, Options, ProducerOptions, Worker, WorkerOptions, wire::ErrorCode};
+use fake::{Bus, Fault, Kind, refuse};
+
+async fn bus_with(jobs: usize, partition_count: usize) -> (Bus, Client) {
+    let bus = Bus::start(2).await;
+    bus.state().create("x.jobs", partition_count);
+    bus.state().create("x.results", partition_count);
+    let mut options = Options::new(bus.servers(), "token");
+    options.backoff_min = Duration::from_millis(1);
+    options.backoff_max = Duration::from_millis(20);
+    let client = Client::connect(options).await.unwrap();
+    let producer = client.producer("x.jobs", ProducerOptions::default()).await.unwrap();
+    for number in 0..jobs {
+        let key = format!("{number}");
+        drop(producer.send(NewEvent::new(number.to_string()).key(key)).await.unwrap());
+    }
+    producer.close().await.unwrap();
+    (bus, client)
+}
+
+async fn worker(client: &Client, parallelism: usize) -> Worker {
+    let options = WorkerOptions {
+        group: "g".into(),
+        parallelism,
+        wait: Duration::from_millis(100),
+        lease: Duration::from_secs(1),
+        ..Default::default()
+    };
+    client.worker("x.jobs", options).await.unwrap()
+}
+
+async fn next(worker: &mut Worker) -> Job {
+    worker.next().await.unwrap().unwrap()
+}
+
+fn results(bus: &Bus, partition_count: u32) -> Vec<bytes::Bytes> {
+    (0..partition_count).flat_map(|partition| bus.state().payloads("x.results", partition)).collect()
+}
+
+#[tokio::test]
+async fn every_job_of_every_partition_gets_its_one_result() {
+    let (bus, client) = bus_with(200, 4).await;
+    bus.faults(Kind::Work, [None, Some(Fault::Lost), refuse(ErrorCode::NotLeader), refuse(ErrorCode::Overloaded)]);
+    bus.faults(Kind::Ack, [Some(Fault::DoneThenLost), None, Some(Fault::Lost)]);
+    bus.faults(Kind::Produce, [Some(Fault::DoneThenLost), None, Some(Fault::Lost)]);
+    let mut worker = worker(&client, 8).await;
+    let mut running = tokio::task::JoinSet::new();
+    for _ in 0..200 {
+        let job = next(&mut worker).await;
+        running
+            .spawn(async move { job.complete("x.results", NewEvent::new(job.event.payload.clone())).await.unwrap() });
+    }
+    for completed in running.join_all().await {
+        assert!(!completed.duplicate && completed.offset.is_some());
+    }
+    assert_eq!(worker.stop(Duration::from_secs(5)).await, 0);
+    assert!(worker.next().await.unwrap().is_none());
+    let distinct: HashSet<_> = results(&bus, 4).into_iter().collect();
+    assert_eq!((distinct.len(), results(&bus, 4).len()), (200, 200));
+    for partition in 0..4 {
+        let mut state = bus.state();
+        let jobs = state.partition("x.jobs", partition);
+        assert!(jobs.queues["g"].leased.is_empty() && jobs.queues["g"].pending.is_empty());
+        assert_eq!(jobs.queues["g"].settled.len() as u64, jobs.next);
+    }
+}
+
+#[tokio::test]
+async fn no_more_jobs_are_held_than_allowed() {
+    let (bus, client) = bus_with(50, 4).await;
+    let mut worker = worker(&client, 3).await;
+    let held = [next(&mut worker).await, next(&mut worker).await, next(&mut worker).await];
+    assert!(tokio::time::timeout(Duration::from_millis(300), worker.next()).await.is_err());
+    let leased = |partition| {
+        let mut state = bus.state();
+        state.partition("x.jobs", partition).queues.get("g").map_or(0, |queue| queue.leased.len())
+    };
+    assert_eq!((0..4).map(leased).sum::<usize>(), 3);
+    held[0].ack().await.unwrap();
+    drop(held);
+    next(&mut worker).await;
+}
+
+#[tokio::test]
+async fn a_job_that_is_dropped_or_given_back_comes_again() {
+    let (_bus, client) = bus_with(1, 1).await;
+    let mut worker = worker(&client, 2).await;
+    drop(next(&mut worker).await);
+    let second = next(&mut worker).await;
+    assert_eq!(second.attempt, 2);
+    second.nack(Duration::ZERO).await.unwrap();
+    assert!(matches!(second.ack().await, Err(Error::LeaseLost)), "settled once");
+    let third = next(&mut worker).await;
+    assert_eq!(third.attempt, 3);
+    third.ack().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_result_too_large_leaves_the_job_in_hand() {
+    let (bus, client) = bus_with(1, 1).await;
+    let mut worker = worker(&client, 1).await;
+    let job = next(&mut worker).await;
+    let error = job.complete("x.results", NewEvent::new(vec![0; 2 << 20])).await.unwrap_err();
+    assert!(error.to_string().starts_with("payload has"), "{error}");
+    job.complete("x.results", NewEvent::new("failed")).await.unwrap();
+    assert_eq!(results(&bus, 1), ["failed"]);
+}
+
+#[tokio::test]
+async fn a_lost_lease_is_noticed_and_only_the_first_result_stands() {
+    let (bus, client) = bus_with(1, 1).await;
+    let mut worker = worker(&client, 2).await;
+    let first = next(&mut worker).await;
+    bus.state().partition("x.jobs", 0).expire("g", 0);
+    bus.shared.changed.notify_waiters();
+    tokio::time::timeout(Duration::from_secs(5), first.lost()).await.expect("the renewal tells");
+    assert!(first.is_lost());
+    let second = next(&mut worker).await;
+    assert_eq!(second.attempt, 2);
+    assert!(!second.complete("x.results", NewEvent::new("second")).await.unwrap().duplicate);
+    let late = first.complete("x.results", NewEvent::new("first")).await.unwrap();
+    assert!(late.duplicate);
+    assert_eq!(late.offset, Some(0));
+    assert_eq!(results(&bus, 1), ["second"]);
+}
+
+#[tokio::test]
+async fn leases_are_renewed_while_the_job_lives() {
+    let (bus, client) = bus_with(2, 1).await;
+    let mut worker = worker(&client, 2).await;
+    let held = [next(&mut worker).await, next(&mut worker).await];
+    let renewals = || bus.state().partition("x.jobs", 0).queues["g"].renewals;
+    let renewed = async {
+        while renewals() < 4 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), renewed).await.expect("two jobs, renewed twice");
+    assert!(held.iter().all(|job| !job.is_lost()));
+}
+
+#[tokio::test]
+async fn stopping_gives_back_what_was_not_handed_out_and_waits_for_the_rest() {
+    let (bus, client) = bus_with(10, 1).await;
+    let mut worker = worker(&client, 4).await;
+    let held = next(&mut worker).await;
+    assert_eq!(worker.stop(Duration::from_millis(300)).await, 1, "one is still held");
+    {
+        let mut state = bus.state();
+        let queue = &state.partition("x.jobs", 0).queues["g"];
+        assert_eq!(queue.leased.len(), 1, "the others were given back");
+    }
+    assert!(worker.next().await.unwrap().is_none());
+    held.complete("x.results", NewEvent::new("r")).await.unwrap();
+    drop(held);
+    assert_eq!(worker.stop(Duration::from_secs(5)).await, 0);
+}
+
+#[tokio::test]
+async fn what_cannot_work_is_refused_by_name() {
+    let (bus, client) = bus_with(1, 1).await;
+    let refused = async |options| client.worker("x.jobs", options).await.unwrap_err().to_string();
+    assert!(refused(WorkerOptions { parallelism: 0, ..Default::default() }).await.starts_with("parallelism "));
+    assert!(refused(WorkerOptions { lease: Duration::ZERO, ..Default::default() }).await.starts_with("lease "));
+    assert!(refused(WorkerOptions { group: "a b".into(), ..Default::default() }).await.starts_with("group "));
+    assert!(client.worker("nope", WorkerOptions::default()).await.is_err());
+    bus.faults(Kind::Work, [refuse(ErrorCode::AuthorizationDenied)]);
+    let mut worker = worker(&client, 1).await;
+    for _ in 0..2 {
+        assert_eq!(worker.next().await.unwrap_err().code_name(), "AUTHORIZATION_DENIED");
+    }
+}
