@@ -134,6 +134,9 @@ struct ReadClaims {
     sub: String,
     tenant_id: String,
     exp: f64,
+    // Nothing rests on it, but a token without one was not made for this bus.
+    #[serde(rename = "iat")]
+    _iat: f64,
     #[serde(default)]
     nbf: Option<f64>,
     #[serde(default)]
@@ -572,7 +575,7 @@ mod tests {
         assert!(refused(&Claims { tenant_id: "system".into(), ..claims() }).contains("tenant_id"));
         assert!(refused(&Claims { tenant_id: "a/b".into(), ..claims() }).contains("tenant_id"));
         assert!(refused(&Claims { sub: String::new(), ..claims() }).contains("sub"));
-        for claim in ["sub", "tenant_id", "aud", "exp"] {
+        for claim in ["sub", "tenant_id", "aud", "exp", "iat"] {
             let mut json = serde_json::to_value(claims()).unwrap();
             json.as_object_mut().unwrap().remove(claim);
             let key = EncodingKey::from_ed_pem(issuer.pair.private_key_pem.as_bytes()).unwrap();

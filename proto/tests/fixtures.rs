@@ -103,7 +103,7 @@ fn control_batches_chain_values_frames_and_tokens_are_written_as_ever() {
         group: "nvm".into(),
         command: Some(wire::queue_command::Command::Ack(wire::QueueAck { ranges })),
     };
-    let message = prost::Message::encode_to_vec(&wire::ControlRecord { queue: vec![command] });
+    let message = prost::Message::encode_to_vec(&wire::ControlRecord { queue: vec![command], log_start: None });
     let mut control = Batch::internal(BatchKind::Control, message.into());
     control.header.index = RaftIndex(100);
     assert_eq!(fixture("batch-v1-control.bin", &encoded(&control)), encoded(&control));

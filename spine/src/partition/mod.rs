@@ -24,13 +24,14 @@ mod grants;
 mod metrics;
 mod produce;
 mod queue;
+mod retention;
 mod submit;
 #[cfg(test)]
 mod tests;
 
 use std::sync::{Arc, Mutex, atomic::AtomicUsize};
 
-use arqon_proto::{Batch, GroupId, LeaseKey, NodeId, Offset, PartitionId, Term, TopicClass, wire};
+use arqon_proto::{Batch, GroupId, LeaseKey, NodeId, PartitionId, Term, TopicClass, wire};
 use arqon_raft::{Group, GroupSpec, Host, OpenError, Status};
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -141,7 +142,10 @@ impl Partition {
         let (submissions, submitted) = mpsc::channel(SUBMISSION_COUNT_MAX);
         let (requests, requested) = mpsc::channel(REQUEST_COUNT_MAX);
         let (closing, closed) = watch::channel(false);
-        let mut tasks = vec![tokio::spawn(submit::run(replica.clone(), submitted, closed.clone()))];
+        let mut tasks = vec![
+            tokio::spawn(submit::run(replica.clone(), submitted, closed.clone())),
+            tokio::spawn(retention::run(replica.clone(), submissions.downgrade(), closed.clone())),
+        ];
         if class == TopicClass::Jobs {
             // The task holds a weak handle of the channel, or it would keep itself alive.
             let queue = queue::run(replica.clone(), submissions.downgrade(), requested, closed);
@@ -199,12 +203,6 @@ impl Partition {
             leader: status.is_leader,
             queues: queues.collect(),
         }
-    }
-
-    /// Retention must not pass this offset: a queue group has jobs from here on unsettled.
-    #[must_use]
-    pub fn retention_floor(&self) -> Option<Offset> {
-        self.replica.machine.lock().state.queues().map(|(_, queue)| Offset(queue.floor())).min()
     }
 
     /// Stops the replica's tasks; requests that wait are answered NOT_LEADER or

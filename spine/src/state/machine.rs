@@ -2,9 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use arqon_proto::{Batch, DecodeError};
+use arqon_proto::{Batch, DecodeError, wire};
 use arqon_raft::StateMachine;
 use bytes::Bytes;
+use tokio::sync::watch;
 
 use super::{InFlight, PartitionState};
 
@@ -19,7 +20,10 @@ pub(crate) struct Shared {
 
 /// The handle that Raft drives; the partition keeps a clone.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct PartitionMachine(Arc<Mutex<Shared>>);
+pub(crate) struct PartitionMachine {
+    shared: Arc<Mutex<Shared>>,
+    log_start: watch::Sender<Option<wire::LogStart>>,
+}
 
 impl PartitionMachine {
     /// The state, for as long as the guard lives: never across an await.
@@ -27,7 +31,18 @@ impl PartitionMachine {
     /// # Panics
     /// When applying an entry has panicked: the state is then worth nothing.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.0.lock().expect("the state is dropped with the program once applying an entry has panicked")
+        self.shared.lock().expect("the state is dropped with the program once applying an entry has panicked")
+    }
+}
+
+impl PartitionMachine {
+    /// Follows up to where the log is to be trimmed.
+    pub(crate) fn log_start(&self) -> watch::Receiver<Option<wire::LogStart>> {
+        self.log_start.subscribe()
+    }
+
+    fn publish_log_start(&self, start: Option<wire::LogStart>) {
+        self.log_start.send_if_modified(|known| std::mem::replace(known, start) != start);
     }
 }
 
@@ -36,6 +51,9 @@ impl StateMachine for PartitionMachine {
         let mut shared = self.lock();
         let outcome = shared.state.apply(batch);
         shared.in_flight.applied(batch);
+        let log_start = shared.state.log_start();
+        drop(shared);
+        self.publish_log_start(log_start);
         outcome
     }
 
@@ -45,6 +63,7 @@ impl StateMachine for PartitionMachine {
 
     fn restore(&mut self, state: &[u8]) -> Result<(), DecodeError> {
         let state = PartitionState::restore(state)?;
+        self.publish_log_start(state.log_start());
         *self.lock() = Shared { state, in_flight: InFlight::default() };
         Ok(())
     }

@@ -80,6 +80,7 @@ pub(crate) struct PartitionState {
     results: Results,
     queues: Queues,
     last_time_ms: u64,
+    log_start: Option<wire::LogStart>,
 }
 
 impl PartitionState {
@@ -98,6 +99,12 @@ impl PartitionState {
             BatchKind::Control => {
                 let record = wire::ControlRecord::decode(batch.records.clone())
                     .expect("a leader encoded the control record and the log checked its bytes");
+                // The log start never goes back, whatever a leader of an older state asks for.
+                if let Some(start) = record.log_start
+                    && self.log_start.is_none_or(|known| known.index < start.index)
+                {
+                    self.log_start = Some(start);
+                }
                 self.queues.apply(&record).encode_to_vec().into()
             }
             BatchKind::Raft => Bytes::new(),
@@ -122,6 +129,11 @@ impl PartitionState {
         self.last_time_ms
     }
 
+    /// Up to where the log is to be trimmed, once retention has said so.
+    pub(crate) fn log_start(&self) -> Option<wire::LogStart> {
+        self.log_start
+    }
+
     /// The queue of `group`, once it had its first grant.
     pub(crate) fn queue(&self, group: &str) -> Option<&Queue> {
         self.queues.get(group)
@@ -139,6 +151,7 @@ impl PartitionState {
             job_scopes: self.results.encode(),
             queues: self.queues.encode(),
             last_time_ms: self.last_time_ms,
+            log_start: self.log_start,
         };
         state.encode_to_vec().into()
     }
@@ -155,6 +168,7 @@ impl PartitionState {
             results: Results::decode(state.job_scopes)?,
             queues: Queues::decode(state.queues)?,
             last_time_ms: state.last_time_ms,
+            log_start: state.log_start,
         })
     }
 }

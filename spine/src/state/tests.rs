@@ -30,7 +30,10 @@ fn data(state: &PartitionState, producer: u8, epoch: u32, base_sequence: u64, co
 
 fn control(commands: Vec<queue_command::Command>) -> Batch {
     let queue = commands.into_iter().map(|command| QueueCommand { group: GROUP.into(), command: Some(command) });
-    Batch::internal(BatchKind::Control, ControlRecord { queue: queue.collect() }.encode_to_vec().into())
+    Batch::internal(
+        BatchKind::Control,
+        ControlRecord { queue: queue.collect(), log_start: None }.encode_to_vec().into(),
+    )
 }
 
 fn run(state: &mut PartitionState, command: queue_command::Command) -> Vec<OffsetRange> {

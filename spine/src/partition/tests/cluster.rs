@@ -187,6 +187,7 @@ pub fn topic(name: &str) -> wire::TopicConfig {
         class: class.name().into(),
         partitions: 1,
         attempts_max: 2,
+        retention_bytes: 1 << 20,
         results_topic: if class == TopicClass::Jobs { RESULTS.into() } else { String::new() },
         ..Default::default()
     }

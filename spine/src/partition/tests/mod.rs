@@ -4,3 +4,4 @@ mod cluster;
 mod failover;
 mod produce;
 mod queue;
+mod retention;

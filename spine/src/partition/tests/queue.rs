@@ -68,7 +68,7 @@ async fn many_workers_share_the_jobs_and_each_has_one_result() {
         let (jobs, results) = (jobs.clone(), results.clone());
         workers.spawn(async move {
             let operator = Operator { id: format!("op-{at}"), version: "1.2".into() };
-            while jobs.retention_floor().is_none_or(|floor| floor.0 < 300) {
+            while jobs.status().queues.first().is_none_or(|queue| queue.floor < 300) {
                 let request = wire::Work { worker: format!("w-{at}"), ..work(7, 100) };
                 let (leased, _) = jobs.work(request, Some(operator.clone())).await.unwrap();
                 for lease in &leased.leases {
@@ -105,7 +105,7 @@ async fn many_workers_share_the_jobs_and_each_has_one_result() {
     assert_eq!(answered, (0..300).collect());
     let queue = &jobs.status().queues[0];
     assert_eq!((queue.floor, queue.next, queue.leased, queue.pending), (300, 300, 0, 0));
-    assert_eq!(jobs.retention_floor().unwrap().0, 300);
+    assert_eq!(jobs.status().queues[0].floor, 300);
     assert_eq!(cluster.metrics.granted_count.load(Ordering::Relaxed), 300);
     assert_eq!(cluster.metrics.leased_count.load(Ordering::Relaxed), 0);
 }
