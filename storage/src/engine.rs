@@ -67,7 +67,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Engine {
-    /// Starts the threads. `real` says that descriptors of the disk may be given to io_uring.
+    /// Starts the threads. Files without a descriptor go through the pool in any case.
     pub fn start(disk: Arc<dyn Disk>, options: Options) -> Result<(Arc<Self>, Vec<JoinHandle<()>>), OpenError> {
         let name = disk.name();
         let ring = match options.backend {
