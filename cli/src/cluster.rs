@@ -11,6 +11,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::task::Poll;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arqon_proto::{AUDIENCE_DEFAULT, Claims, TokenAlgorithm, TokenKeyPair, TokenSigner};
@@ -286,25 +287,34 @@ impl LocalCluster {
         found.ok_or_else(|| Failure::failed(format!("there is no node {node}")))
     }
 
-    /// Waits until any process ends by itself, which none should. May be dropped and called
-    /// again.
-    pub async fn any_ended(&mut self) -> Failure {
-        let mut all: Vec<_> = self
-            .nodes
-            .iter_mut()
-            .flatten()
-            .chain([&mut self.shield])
-            .map(|process| Box::pin(process.ended()))
+    /// Waits until any process ends by itself, which none should: which one, from 0, the Shield
+    /// after the nodes. May be dropped and called again.
+    pub async fn ended(&mut self) -> (usize, Failure) {
+        let shield = self.nodes.len();
+        let mut all: Vec<_> = (self.nodes.iter_mut().enumerate())
+            .filter_map(|(index, process)| Some((index, process.as_mut()?)))
+            .chain([(shield, &mut self.shield)])
+            .map(|(index, process)| Box::pin(async move { (index, process.ended().await) }))
             .collect();
         std::future::poll_fn(|context| {
-            for ended in &mut all {
-                if let std::task::Poll::Ready(failure) = ended.as_mut().poll(context) {
-                    return std::task::Poll::Ready(failure);
-                }
-            }
-            std::task::Poll::Pending
+            let ended = all.iter_mut().map(|ended| ended.as_mut().poll(context));
+            ended.into_iter().find(Poll::is_ready).unwrap_or(Poll::Pending)
         })
         .await
+    }
+
+    /// Starts the process again that [`Self::ended`] named, and waits until it is ready.
+    ///
+    /// # Errors
+    /// It does not start: the last line that it logged.
+    pub async fn restart(&mut self, index: usize) -> Result<(), Failure> {
+        if index < self.nodes.len() {
+            let node = index as u64 + 1;
+            self.restart_node(node)?;
+            return self.node_ready(node).await;
+        }
+        self.shield = spawn_shield(&self.layout)?;
+        self.shield.ready(READY_TIMEOUT).await.map(drop)
     }
 
     /// Stops the Shield, then the nodes, one after the other, each handing over what it leads.
@@ -325,6 +335,10 @@ fn spawn_node(layout: &Layout, node: u64) -> Result<Process, Failure> {
     Process::spawn(&name, &["node", "--config", &layout.config(&name)], &layout.log(&name))
 }
 
+fn spawn_shield(layout: &Layout) -> Result<Process, Failure> {
+    Process::spawn("shield", &["shield", "--config", &layout.config("shield")], &layout.log("shield"))
+}
+
 async fn spawn_all(layout: &Layout) -> Result<(Vec<Process>, Process), Failure> {
     let mut nodes = Vec::new();
     for node in 1..=u64::from(layout.node_count) {
@@ -334,8 +348,7 @@ async fn spawn_all(layout: &Layout) -> Result<(Vec<Process>, Process), Failure> 
     for node in &mut nodes {
         node.ready(READY_TIMEOUT).await?;
     }
-    let mut shield =
-        Process::spawn("shield", &["shield", "--config", &layout.config("shield")], &layout.log("shield"))?;
+    let mut shield = spawn_shield(layout)?;
     shield.ready(READY_TIMEOUT).await?;
     Ok((nodes, shield))
 }

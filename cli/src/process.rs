@@ -133,6 +133,8 @@ impl Process {
     /// Waits until the process ends by itself, and says how.
     pub async fn ended(&mut self) -> Failure {
         match self.child.wait().await {
+            // Killed: its log does not say why.
+            Ok(status) if status.code().is_none() => Failure::failed(format!("{} ended with {status}", self.name)),
             Ok(status) => self.failure(&format!("ended with {status}")),
             Err(error) => self.failure(&error.to_string()),
         }

@@ -307,7 +307,7 @@ async fn kill_node(stage: &mut Stage, story: &Story) -> Result<(Held, Duration),
     stage.cluster.kill_node(held.node).await?;
     stage.worker.signal(Signal::CONT)?;
     let Held { node, partition, leased } = held;
-    story.tell(format_args!("killed node {node}: it led {JOBS_TOPIC}/{partition}, {leased} jobs leased"));
+    story.tell(format_args!("killed node {node}: it led {JOBS_TOPIC}/{partition}, jobs leased there: {leased}"));
     stage.traffic.publish_one(partition).await?;
     let failover = start.elapsed();
     story.tell(format_args!("{JOBS_TOPIC}/{partition} acknowledges again after {} ms", failover.as_millis()));
@@ -320,7 +320,7 @@ async fn kill_shim(stage: &mut Stage, story: &Story) -> Result<Held, Failure> {
     stage.shim.kill().await?;
     stage.worker.signal(Signal::CONT)?;
     let Held { partition, leased, .. } = held;
-    story.tell(format_args!("killed the shim: {leased} jobs of {JOBS_TOPIC}/{partition} leased"));
+    story.tell(format_args!("killed the shim: jobs leased on {JOBS_TOPIC}/{partition}: {leased}"));
     stage.shim = spawn_shim(&stage.cluster, &stage.shim_config).await?;
     story.tell("the shim is back");
     Ok(held)

@@ -77,8 +77,8 @@ impl Summary {
         let mut text = format!(
             "jobs         {}\nresults      {} ({agree}, each redrawn from its seed)\nlost         {}\n\
              duplicates   {}\nfailed       {}\nredelivered  {}\nerrors       {}\n\
-             node killed  {} ({} jobs leased), next acknowledgement after {:.0} ms\n\
-             shim killed  with {} jobs leased\ndurability   {}\n\
+             node killed  {} (jobs leased: {}), next acknowledgement after {:.0} ms\n\
+             shim killed  (jobs leased: {})\ndurability   {}\n\
              publish      p50 {:.1} ms, p99 {:.1} ms\njob          p50 {:.1} ms, p99 {:.1} ms\ntime         {:.1} s\n",
             self.jobs,
             verdict.results,

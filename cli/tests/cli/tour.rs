@@ -1,11 +1,9 @@
 //! What README.md shows, and what becomes of processes and data when somebody stops or dies.
 
-mod running;
-
 use std::path::Path;
 use std::time::Duration;
 
-use running::{Cluster, arqon, documents, eventually, fail, is_running, succeed};
+use crate::running::{Cluster, arqon, documents, eventually, fail, is_running, succeed};
 
 #[test]
 fn events_and_jobs_survive_a_restart() {
@@ -63,7 +61,7 @@ fn a_command_works_a_queue() {
     let args = ["consume", "demo.results", "--from", "earliest", "--stop-at-end", "--json"];
     let results = documents(&mut cluster.arqon(&args), b"");
     let payloads: Vec<_> = results.iter().map(|result| result["payload"].as_str().unwrap()).collect();
-    assert_eq!(payloads, ["ADA\n", "GRACE\n"]);
+    assert_eq!(payloads, ["ADA", "GRACE"]);
     assert_eq!(results[1]["cause"]["offset"], 1);
     assert_eq!(results[1]["cause"]["attempt"], 2);
 
@@ -137,6 +135,22 @@ fn nothing_is_left_behind_when_arqon_up_is_killed() {
     assert!(pids.iter().all(|pid| is_running(*pid)));
     cluster.kill();
     eventually("the end of all processes", Duration::from_secs(10), || pids.iter().all(|pid| !is_running(*pid)));
+}
+
+#[test]
+fn a_node_that_dies_is_started_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let cluster = Cluster::start(3, folder.path());
+    succeed(&mut cluster.arqon(&["topic", "create", "a.events"]), b"");
+    let pid = rustix::process::Pid::from_raw(cluster.pids()[0]).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    eventually("the return of node 1", Duration::from_secs(30), || {
+        let output = cluster.arqon(&["cluster", "status", "--json"]).output().unwrap();
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        status["answered_by"] == 1 && status["leaderless_count"] == 0
+    });
+    succeed(&mut cluster.arqon(&["publish", "a.events"]), b"still here\n");
+    cluster.stop();
 }
 
 #[test]

@@ -1,13 +1,11 @@
 //! Whatever a user gets wrong is answered with one line that names it, and the right exit code.
 
-mod running;
-
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
 
+use crate::running::{Cluster, arqon, documents, fail, succeed};
 use arqon_proto::{TokenAlgorithm, TokenKeyPair, TokenSigner};
-use running::{Cluster, arqon, documents, fail, succeed};
 
 /// A configuration of one node on ports that the system chooses.
 fn node_config(folder: &Path, rest: &str) -> String {
@@ -113,8 +111,11 @@ fn a_data_directory_of_a_newer_program() {
     Cluster::start(1, &bus).stop();
     let identity = bus.join("node-1").join("identity");
     let mut bytes = fs::read(&identity).unwrap();
-    // docs/format.md: the version is the little-endian u32 after eight bytes of magic.
+    // docs/format.md, sealed blocks: the version stands at byte 8, the CRC-32 in the last four.
     bytes[8] = 9;
+    let end = bytes.len() - 4;
+    let crc = crc32fast::hash(&bytes[..end]).to_le_bytes();
+    bytes[end..].copy_from_slice(&crc);
     fs::write(&identity, &bytes).unwrap();
     let config = bus.join("node-1.toml").display().to_string();
     let error = fail(&mut arqon(&["node", "--config", &config]), b"", 1);
