@@ -22,6 +22,7 @@ pub mod limits;
 mod name;
 mod record;
 mod stamp;
+mod tls;
 mod token;
 pub mod wire;
 
@@ -33,6 +34,7 @@ pub use lease::{LEASE_KEY_SIZE, LeaseKey, LeaseRejected};
 pub use name::{NameError, TopicClass, check_schema, check_tenant, check_topic};
 pub use record::{BatchBuilder, EventType, ProducerStamp, Record, RecordRef, check_records, records};
 pub use stamp::{StampView, decode_stamps, encode_stamps};
+pub use tls::{TlsError, TlsIdentity, tls_client, tls_server};
 pub use token::{
     AUDIENCE_DEFAULT, Claims, OPERATOR_TOPIC, Permission, SYSTEM_TENANT, Session, TOKEN_SIZE_MAX, TokenAlgorithm,
     TokenError, TokenKey, TokenKeyPair, TokenSigner, Verb, Verifier,

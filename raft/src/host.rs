@@ -23,7 +23,7 @@ use crate::{
     machine::{Machine, Readable, StateMachine},
     network::{Network, Peer},
     peer::{
-        Failure, Secret,
+        Failure, PeerTls, Secret,
         framed::Body,
         incoming,
         outgoing::{Outgoing, Target},
@@ -51,6 +51,9 @@ pub struct HostOptions {
     pub cluster: String,
     /// What all nodes of the cluster know.
     pub secret: Vec<u8>,
+    /// Mutual TLS of the peer port; without it the secret alone tells peers apart, which is
+    /// enough on loopback only.
+    pub tls: Option<PeerTls>,
     /// The bound peer port.
     pub peer_listener: TcpListener,
 }
@@ -128,6 +131,7 @@ struct PeerEntry {
 pub(crate) struct HostInner {
     pub node: NodeId,
     pub secret: Secret,
+    pub tls: Option<PeerTls>,
     cluster: String,
     store: Store,
     peers: RwLock<BTreeMap<NodeId, PeerEntry>>,
@@ -160,6 +164,7 @@ impl HostInner {
                 bulk,
                 own_node: self.node,
                 secret: self.secret.clone(),
+                tls: self.tls.clone(),
                 address: watched.clone(),
             })
         };
@@ -210,6 +215,7 @@ impl Host {
             node: options.node,
             secret: Secret::new(&options.cluster, &options.secret),
             cluster: options.cluster,
+            tls: options.tls,
             store,
             peers: RwLock::default(),
             groups: RwLock::default(),

@@ -27,4 +27,5 @@ mod suite;
 pub use group::{Group, Proposal, ProposeError, Status};
 pub use host::{ForwardError, ForwardHandler, GroupSpec, Host, HostOptions, OpenError};
 pub use machine::{Readable, StateMachine};
+pub use peer::PeerTls;
 pub use types::Applied;

@@ -4,8 +4,8 @@ mod support;
 
 use std::{path::Path, sync::Arc};
 
-use arqon_proto::{Batch, BatchKind, NodeId, Offset, RaftIndex};
-use arqon_raft::{Applied, Group, OpenError, ProposeError};
+use arqon_proto::{Batch, BatchKind, NodeId, Offset, RaftIndex, TlsIdentity, tls_client, tls_server};
+use arqon_raft::{Applied, Group, OpenError, PeerTls, ProposeError};
 use arqon_storage::{Identity, Options, Store};
 use bytes::Bytes;
 use support::{Node, PATIENCE, open_node};
@@ -22,6 +22,7 @@ fn payloads(group: &Group) -> Vec<usize> {
 struct Cluster {
     dir: tempfile::TempDir,
     addresses: Vec<(NodeId, String)>,
+    tls: Option<PeerTls>,
     nodes: Vec<Option<Node>>,
 }
 
@@ -31,6 +32,10 @@ async fn listener(address: &str) -> TcpListener {
 
 impl Cluster {
     async fn start(count: u64) -> Self {
+        Self::start_with(count, None).await
+    }
+
+    async fn start_with(count: u64, tls: Option<PeerTls>) -> Self {
         let mut listeners = Vec::new();
         let mut addresses = Vec::new();
         for id in 1..=count {
@@ -38,7 +43,7 @@ impl Cluster {
             addresses.push((NodeId(id), bound.local_addr().unwrap().to_string()));
             listeners.push(bound);
         }
-        let mut cluster = Self { dir: tempfile::tempdir().unwrap(), addresses, nodes: Vec::new() };
+        let mut cluster = Self { dir: tempfile::tempdir().unwrap(), addresses, tls, nodes: Vec::new() };
         for (id, bound) in (1..).zip(listeners) {
             let node = cluster.open(id, bound).await.unwrap();
             cluster.nodes.push(Some(node));
@@ -53,7 +58,7 @@ impl Cluster {
     async fn open(&self, id: u64, peer_listener: TcpListener) -> Result<Node, OpenError> {
         let identity = Identity { cluster: "test".into(), node: NodeId(id) };
         let store = Store::open(&self.data(id), identity, Options::default()).unwrap();
-        open_node(id, &self.addresses, store, peer_listener).await
+        open_node(id, &self.addresses, store, peer_listener, self.tls.clone()).await
     }
 
     async fn stop(&mut self, id: u64) {
@@ -243,6 +248,53 @@ async fn nodes_answer_each_others_requests() {
     assert_eq!(answer("echo").await.unwrap(), "1 echo 3");
     assert_eq!(answer("fail").await.unwrap_err().to_string(), "no");
     assert!(cluster.node(1).host.peer_reachable(NodeId(2)));
+}
+
+/// A CA and a certificate of it for 127.0.0.1.
+fn certificates() -> (String, String, String) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let ca = params.self_signed(&key).unwrap();
+    let issuer = rcgen::Issuer::new(params, key);
+    let node_key = rcgen::KeyPair::generate().unwrap();
+    let node = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    let node = node.signed_by(&node_key, &issuer).unwrap();
+    (ca.pem(), node.pem(), node_key.serialize_pem())
+}
+
+fn peer_tls(client_of: &(String, String, String), server_of: &(String, String, String)) -> PeerTls {
+    let client = TlsIdentity { certificate: client_of.1.as_bytes(), key: client_of.2.as_bytes() };
+    let server = TlsIdentity { certificate: server_of.1.as_bytes(), key: server_of.2.as_bytes() };
+    let ca = server_of.0.as_bytes();
+    PeerTls { server: tls_server(server, Some(ca)).unwrap(), client: tls_client(ca, Some(client)).unwrap() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn peers_with_certificates_of_the_cluster_replicate_over_tls() {
+    let ours = certificates();
+    let cluster = Cluster::start_with(3, Some(peer_tls(&ours, &ours))).await;
+    let last = cluster.publish(1).await;
+    cluster.converge(last.position.index).await;
+    for node in cluster.running() {
+        assert_eq!(payloads(&node.group), [1]);
+    }
+}
+
+/// The secret may leak; a node without a certificate of the cluster is still kept out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_with_a_certificate_of_another_ca_is_kept_out() {
+    let (ours, theirs) = (certificates(), certificates());
+    let mut cluster = Cluster::start_with(3, Some(peer_tls(&ours, &ours))).await;
+    cluster.publish(1).await;
+    cluster.stop(3).await;
+    cluster.tls = Some(peer_tls(&theirs, &ours));
+    cluster.restart(3).await;
+    cluster.publish(2).await;
+    // Node 3 accepts connections, so it follows; it can reach nobody itself.
+    let intruder = cluster.node(3);
+    assert!(intruder.host.forward(NodeId(1), "any", Bytes::new()).await.is_err());
+    assert!(!intruder.host.peer_reachable(NodeId(1)) && !intruder.host.peer_reachable(NodeId(2)));
 }
 
 fn damage_vote(dir: &Path) {

@@ -61,7 +61,7 @@ impl Cluster {
             let id = at as u64 + 1;
             let identity = Identity { cluster: "test".into(), node: NodeId(id) };
             let store = Store::open_on(Arc::new(disk), identity, Options::default()).unwrap();
-            open_node(id, &addresses, store, TcpListener::from_std(bound).unwrap()).await.unwrap()
+            open_node(id, &addresses, store, TcpListener::from_std(bound).unwrap(), None).await.unwrap()
         });
         let node = opening.await.unwrap();
         self.machines[at] = Some(Machine { runtime, node });

@@ -159,7 +159,7 @@ impl Node {
 
         let nodes = config.nodes(&addresses);
         let cluster = config.cluster.clone();
-        let host = Host::start(HostOptions { node, cluster, secret, peer_listener: peer }, store.clone());
+        let host = Host::start(HostOptions { node, cluster, secret, tls: None, peer_listener: peer }, store.clone());
         host.set_peers(nodes.iter().map(|info| (info.node.into(), info.peer_address.clone())));
         let metadata = match MetadataGroup::open(&host, node, &nodes).await {
             Ok(metadata) => metadata,

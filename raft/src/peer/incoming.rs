@@ -19,6 +19,7 @@ use tokio::{
 use super::{
     framed::{Body, FrameReader, write_frame},
     handshake::Dialler,
+    secure,
 };
 use crate::{
     host::HostInner,
@@ -38,13 +39,16 @@ type Answers = mpsc::Sender<(PeerFrame, Body)>;
 
 /// Serves one connection until it ends.
 pub(crate) async fn serve(host: Arc<HostInner>, stream: TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let (reader, writer) = stream.into_split();
-    let mut reader = FrameReader::new(reader);
-    let mut writer = BufWriter::with_capacity(WRITE_BUFFER_SIZE, writer);
+    let accepting = async {
+        let (reader, writer) = secure::accept(stream, host.tls.as_ref()).await?;
+        let mut reader = FrameReader::new(reader);
+        let mut writer = BufWriter::with_capacity(WRITE_BUFFER_SIZE, writer);
+        let dialler = host.secret.accept(&mut reader, &mut writer, host.node).await?;
+        Ok::<_, io::Error>((reader, writer, dialler))
+    };
     let patience = Duration::from_millis(limits::HANDSHAKE_MS_MAX);
-    let accepting = host.secret.accept(&mut reader, &mut writer, host.node);
-    let dialler = timeout(patience, accepting).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let late = |_| io::Error::from(io::ErrorKind::TimedOut);
+    let (mut reader, writer, dialler) = timeout(patience, accepting).await.map_err(late)??;
     let (answers, queue) = mpsc::channel(ANSWER_COUNT_MAX);
     let mut connection = Connection {
         host,
@@ -65,7 +69,7 @@ pub(crate) async fn serve(host: Arc<HostInner>, stream: TcpStream) -> io::Result
 }
 
 async fn write_answers(
-    mut writer: BufWriter<tokio::net::tcp::OwnedWriteHalf>,
+    mut writer: BufWriter<secure::Writer>,
     mut queue: mpsc::Receiver<(PeerFrame, Body)>,
 ) -> io::Result<()> {
     while let Some((frame, body)) = queue.recv().await {

@@ -13,10 +13,12 @@ pub(crate) mod framed;
 mod handshake;
 pub(crate) mod incoming;
 pub(crate) mod outgoing;
+mod secure;
 
 use arqon_proto::wire;
 
 pub(crate) use handshake::Secret;
+pub use secure::PeerTls;
 
 /// Why a request to a peer has no answer.
 #[derive(Clone, Debug, thiserror::Error)]

@@ -16,8 +16,9 @@ use tokio::{
 };
 
 use super::{
-    Failure, Secret,
+    Failure, PeerTls, Secret,
     framed::{Body, FrameReader, write_frame},
+    secure,
 };
 
 /// Requests waiting to be written; further ones wait.
@@ -44,6 +45,7 @@ pub(crate) struct Target {
     pub bulk: bool,
     pub own_node: NodeId,
     pub secret: Secret,
+    pub tls: Option<PeerTls>,
     pub address: watch::Receiver<String>,
 }
 
@@ -157,8 +159,8 @@ async fn run(
 }
 
 struct Link {
-    reader: FrameReader<tokio::net::tcp::OwnedReadHalf>,
-    writer: BufWriter<tokio::net::tcp::OwnedWriteHalf>,
+    reader: FrameReader<secure::Reader>,
+    writer: BufWriter<secure::Writer>,
 }
 
 async fn dial(target: &Target) -> std::io::Result<Link> {
@@ -167,8 +169,7 @@ async fn dial(target: &Target) -> std::io::Result<Link> {
         return Err(std::io::Error::other("its address is not known"));
     }
     let stream = TcpStream::connect(&address).await?;
-    stream.set_nodelay(true)?;
-    let (reader, writer) = stream.into_split();
+    let (reader, writer) = secure::connect(stream, &address, target.tls.as_ref()).await?;
     let mut reader = FrameReader::new(reader);
     let mut writer = BufWriter::with_capacity(WRITE_BUFFER_SIZE, writer);
     target.secret.dial(&mut reader, &mut writer, target.own_node, target.node, target.bulk).await?;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use arqon_proto::{Batch, BatchBuilder, Compression, DecodeError, GroupId, NodeId, Offset, Record, ReplicaId};
-use arqon_raft::{Group, GroupSpec, Host, HostOptions, OpenError, StateMachine};
+use arqon_raft::{Group, GroupSpec, Host, HostOptions, OpenError, PeerTls, StateMachine};
 use arqon_storage::Store;
 use bytes::Bytes;
 use tokio::net::TcpListener;
@@ -52,8 +52,9 @@ pub async fn open_node(
     addresses: &[(NodeId, String)],
     store: Store,
     peer_listener: TcpListener,
+    tls: Option<PeerTls>,
 ) -> Result<Node, OpenError> {
-    let options = HostOptions { node: NodeId(id), cluster: "test".into(), secret: vec![1; 32], peer_listener };
+    let options = HostOptions { node: NodeId(id), cluster: "test".into(), secret: vec![1; 32], tls, peer_listener };
     let host = Host::start(options, store);
     host.set_peers(addresses.to_vec());
     let initial = addresses.iter().map(|(node, _)| (ReplicaId(100 + node.0), *node)).collect();

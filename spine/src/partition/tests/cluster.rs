@@ -134,7 +134,7 @@ impl Cluster {
             let store = Store::open(dir.path(), identity, Options::default()).unwrap();
             let secret = vec![7; 32];
             self.hosts
-                .push(Host::start(HostOptions { node: *node, cluster: "test".into(), secret, peer_listener }, store));
+                .push(Host::start(HostOptions { node: *node, cluster: "test".into(), secret, tls: None, peer_listener }, store));
         }
         for host in &self.hosts {
             host.set_peers(addresses.clone());
