@@ -4,7 +4,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::unix::fs::FileExt,
-    path::Path,
+    path::{Path, PathBuf},
     time::Instant,
 };
 
@@ -20,11 +20,10 @@ const GROUP_SIZE: usize = 1 << 20;
 const SMALL_SIZE: usize = 4 << 10;
 /// Small writes per round.
 const SMALL_COUNT: usize = 200;
-const ROUND_COUNT: usize = 3;
 /// `f_type` of tmpfs, as in statfs(2).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
-/// Medians of three rounds.
+/// Medians of the rounds, which are spread over the whole run.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Disk {
     /// Sequential 1 MiB writes over zero-filled blocks, fdatasync after each; MB (10^6 bytes) per second.
@@ -33,30 +32,73 @@ pub struct Disk {
     pub p50_us: f64,
     /// The same, 99th percentile.
     pub p99_us: f64,
+    /// The smallest median of a round; far from the largest, others use the machine too.
+    pub p50_us_min: f64,
+    /// The largest median of a round.
+    pub p50_us_max: f64,
     /// The directory lies in memory: nothing here says anything about a disk.
     pub tmpfs: bool,
 }
 
-/// Measures the disk of `dir`; blocks the thread for some seconds.
-///
-/// # Errors
-/// A file that cannot be written there.
-pub fn measure(dir: &Path) -> Result<Disk, String> {
-    let failed = |error: io::Error| format!("{}: {error}", dir.display());
-    let stat = rustix::fs::statfs(dir).map_err(|error| failed(error.into()))?;
-    let path = dir.join("disk-baseline");
-    let (mut sequential, mut p50, mut p99) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..ROUND_COUNT {
+/// What one round measured; fields as in [`Disk`].
+#[derive(Clone, Copy, Debug)]
+struct Round {
+    mb_per_s: f64,
+    p50_us: f64,
+    p99_us: f64,
+}
+
+/// The disk below a directory, measured again and again while the nodes are idle.
+#[derive(Clone, Debug)]
+pub struct Gauge {
+    dir: PathBuf,
+    tmpfs: bool,
+    rounds: Vec<Round>,
+}
+
+impl Gauge {
+    /// # Errors
+    /// A directory that is not there.
+    pub fn new(dir: &Path) -> Result<Self, String> {
+        let stat = rustix::fs::statfs(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+        let tmpfs = i128::from(stat.f_type) == i128::from(TMPFS_MAGIC);
+        Ok(Self { dir: dir.to_owned(), tmpfs, rounds: Vec::new() })
+    }
+
+    /// Whether the directory lies in memory.
+    pub fn is_tmpfs(&self) -> bool {
+        self.tmpfs
+    }
+
+    /// One round more; blocks the thread for about a second.
+    ///
+    /// # Errors
+    /// A file that cannot be written there.
+    pub fn measure(&mut self) -> Result<(), String> {
+        let failed = |error: io::Error| format!("{}: {error}", self.dir.display());
+        let path = self.dir.join("disk-baseline");
         let file = zero_filled(&path).map_err(failed)?;
-        sequential.push(sequential_mb_per_s(&file).map_err(failed)?);
+        let mb_per_s = sequential_mb_per_s(&file).map_err(failed)?;
         let mut times = small_us(&file).map_err(failed)?;
         times.sort_by(f64::total_cmp);
-        p50.push(percentile(&times, 0.5));
-        p99.push(percentile(&times, 0.99));
+        std::fs::remove_file(&path).map_err(failed)?;
+        self.rounds.push(Round { mb_per_s, p50_us: percentile(&times, 0.5), p99_us: percentile(&times, 0.99) });
+        Ok(())
     }
-    std::fs::remove_file(&path).map_err(failed)?;
-    let tmpfs = i128::from(stat.f_type) == i128::from(TMPFS_MAGIC);
-    Ok(Disk { mb_per_s: median(&sequential), p50_us: median(&p50), p99_us: median(&p99), tmpfs })
+
+    /// The medians of all rounds so far.
+    pub fn disk(&self) -> Disk {
+        let of = |figure: fn(&Round) -> f64| self.rounds.iter().map(figure).collect::<Vec<_>>();
+        let p50 = of(|round| round.p50_us);
+        Disk {
+            mb_per_s: median(&of(|round| round.mb_per_s)),
+            p50_us: median(&p50),
+            p99_us: median(&of(|round| round.p99_us)),
+            p50_us_min: p50.iter().copied().reduce(f64::min).unwrap_or(0.0),
+            p50_us_max: p50.iter().copied().reduce(f64::max).unwrap_or(0.0),
+            tmpfs: self.tmpfs,
+        }
+    }
 }
 
 fn zero_filled(path: &Path) -> io::Result<File> {
@@ -98,9 +140,19 @@ mod tests {
     #[test]
     fn the_baseline_is_measured_and_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
-        let disk = measure(dir.path()).unwrap();
+        let mut gauge = Gauge::new(dir.path()).unwrap();
+        gauge.measure().unwrap();
+        let disk = gauge.disk();
         assert!(disk.mb_per_s > 0.0 && disk.p50_us > 0.0 && disk.p99_us >= disk.p50_us, "{disk:?}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        assert!(measure(&dir.path().join("none")).unwrap_err().contains("none"));
+        assert!(Gauge::new(&dir.path().join("none")).unwrap_err().contains("none"));
+    }
+
+    #[test]
+    fn one_disturbed_round_does_not_move_the_figures_and_shows() {
+        let round = |p50_us| Round { mb_per_s: 100.0, p50_us, p99_us: p50_us };
+        let rounds = vec![round(4_000.0), round(120.0), round(110.0)];
+        let disk = Gauge { dir: PathBuf::new(), tmpfs: false, rounds }.disk();
+        assert_eq!((disk.p50_us, disk.p50_us_min, disk.p50_us_max), (120.0, 110.0, 4_000.0));
     }
 }

@@ -7,7 +7,7 @@ use arqon_sdk::{Client, Options};
 
 use crate::{
     cpu,
-    disk::{self, Disk},
+    disk::Gauge,
     load::{self, Measured, Pace},
     payload::{self, Payloads},
     report::{Case, Report, Round},
@@ -75,22 +75,40 @@ fn parse_size(text: &str) -> Result<usize, String> {
 pub async fn run(args: OwnArgs) -> Result<Report, String> {
     let arqon = find_arqon(args.arqon.clone()).await.map_err(|error| error.to_string())?;
     let temporary = temporary_directory(&args)?;
-    let dir = temporary.path().to_owned();
-    note(&args, "measuring the disk alone");
-    let disk = tokio::task::spawn_blocking(move || disk::measure(&dir)).await.map_err(|error| error.to_string())??;
-    if disk.tmpfs {
+    let mut gauge = Gauge::new(temporary.path())?;
+    if gauge.is_tmpfs() {
         note(&args, "warning: the directory lies in memory (tmpfs), no figure is about a disk; see --dir");
     }
-    let mut cases = Vec::new();
+    let mut measurements = Vec::new();
     for node_count in args.nodes.map_or(vec![1, 3], |count| vec![count]) {
         let data = temporary.path().join(format!("nodes-{node_count}"));
         let cluster = Cluster::start(arqon.clone(), &data, node_count).await.map_err(|error| error.to_string())?;
-        cases.extend(Bench::new(&args, &cluster, node_count, disk).await?.all().await?);
+        let bench = Bench::new(&args, &cluster).await?;
+        bench.warm_up().await?;
+        for size in &args.sizes {
+            note(&args, &format!("{node_count} nodes, {size} bytes"));
+            gauge = measured(gauge).await?;
+            measurements.push((node_count, *size, bench.of_size(*size).await?));
+        }
         drop(cluster);
         // The next cluster needs the room; what is left over goes with the temporary directory.
         let _ = std::fs::remove_dir_all(&data);
     }
-    Ok(Report::new(cases, disk, &args.window, args.linger, args.rounds))
+    // Once more, so that there are rounds at both ends and, by the cases above, in between.
+    let disk = measured(gauge).await?.disk();
+    let cases = measurements.iter().flat_map(|(node_count, size, of_size)| {
+        of_size.iter().map(|(name, rounds)| Case::new(name, *size, *node_count, rounds, &disk))
+    });
+    Ok(Report::new(cases.collect(), disk, args.window, args.linger, args.rounds))
+}
+
+/// Rounds of each case of one size, by the case's name.
+type OfSize = [(&'static str, Vec<Round>); 4];
+
+/// One round of the disk, on a thread that may block.
+async fn measured(mut gauge: Gauge) -> Result<Gauge, String> {
+    let measuring = tokio::task::spawn_blocking(move || gauge.measure().map(|()| gauge));
+    measuring.await.map_err(|error| error.to_string())?
 }
 
 fn temporary_directory(args: &OwnArgs) -> Result<tempfile::TempDir, String> {
@@ -116,34 +134,26 @@ struct Bench<'a> {
     args: &'a OwnArgs,
     cluster: &'a Cluster,
     client: Client,
-    node_count: u32,
-    disk: Disk,
     pace: Pace,
 }
 
 impl<'a> Bench<'a> {
-    async fn new(args: &'a OwnArgs, cluster: &'a Cluster, node_count: u32, disk: Disk) -> Result<Self, String> {
+    async fn new(args: &'a OwnArgs, cluster: &'a Cluster) -> Result<Self, String> {
         let mut options = Options::new([cluster.server()], cluster.token());
         options.client_name = "arqon-bench".to_owned();
         let client = Client::connect(options).await.map_err(|error| error.to_string())?;
         let pace = Pace { window: args.window as usize, linger: args.linger, time: args.time / args.rounds };
-        Ok(Self { args, cluster, client, node_count, disk, pace })
+        Ok(Self { args, cluster, client, pace })
     }
 
-    async fn all(&self) -> Result<Vec<Case>, String> {
+    async fn warm_up(&self) -> Result<(), String> {
         let warm = Arc::new(Payloads::new(self.args.seed, 1024));
         let pace = Pace { time: WARM_UP_TIME, ..self.pace };
-        self.with_topic("warm-up", async |topic: &str| load::publish(&self.client, topic, &warm, 1024, pace).await)
-            .await?;
-        let mut cases = Vec::new();
-        for size in &self.args.sizes {
-            cases.extend(self.of_size(*size).await?);
-        }
-        Ok(cases)
+        let publish = async |topic: &str| load::publish(&self.client, topic, &warm, 1024, pace).await;
+        self.with_topic("warm-up", publish).await.map(|_| ())
     }
 
-    async fn of_size(&self, size: usize) -> Result<Vec<Case>, String> {
-        note(self.args, &format!("{} nodes, {size} bytes", self.node_count));
+    async fn of_size(&self, size: usize) -> Result<OfSize, String> {
         let payloads = Arc::new(Payloads::new(self.args.seed, size));
         let (mut publish, mut fetch, mut single, mut consume) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for round in 0..self.args.rounds {
@@ -169,13 +179,7 @@ impl<'a> Bench<'a> {
             };
             consume.push(self.with_topic(&name("consume"), through).await?);
         }
-        let case = |name, rounds: Vec<Round>| Case::new(name, size, self.node_count, &rounds, &self.disk);
-        Ok(vec![
-            case("publish", publish),
-            case("publish-one-at-a-time", single),
-            case("fetch", fetch),
-            case("publish-to-consume", consume),
-        ])
+        Ok([("publish", publish), ("publish-one-at-a-time", single), ("fetch", fetch), ("publish-to-consume", consume)])
     }
 
     /// Runs `work` on a fresh topic, which is deleted afterwards so that disks do not fill up.

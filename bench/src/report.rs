@@ -86,7 +86,7 @@ pub struct Report {
 
 impl Report {
     /// A report of this moment and machine.
-    pub fn new(cases: Vec<Case>, disk: Disk, window: &u32, linger: Duration, rounds: u32) -> Self {
+    pub fn new(cases: Vec<Case>, disk: Disk, window: u32, linger: Duration, rounds: u32) -> Self {
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
@@ -96,7 +96,7 @@ impl Report {
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
             date: date_text(since.as_secs()),
             rounds,
-            window: *window,
+            window,
             linger_ms: linger.as_secs_f64() * 1e3,
             compression: "none",
         }
@@ -131,9 +131,11 @@ impl Report {
         }
         let disk = &self.disk;
         lines.push(format!(
-            "disk alone: 1 MiB write + fdatasync {:.0} MB/s; 4 KiB write + fdatasync p50 {:.0} us, p99 {:.0} us{}",
+            "disk alone: 1 MiB write + fdatasync {:.0} MB/s; 4 KiB write + fdatasync p50 {:.0} us (rounds {:.0} to {:.0}), p99 {:.0} us{}",
             disk.mb_per_s,
             disk.p50_us,
+            disk.p50_us_min,
+            disk.p50_us_max,
             disk.p99_us,
             if disk.tmpfs { " (tmpfs: this is memory)" } else { "" }
         ));
@@ -181,7 +183,8 @@ mod tests {
         Round { measured: Measured { messages, seconds, p50_us, p99_us: p50_us * 2.0 }, cpu_seconds: 0.5 }
     }
 
-    const DISK: Disk = Disk { mb_per_s: 100.0, p50_us: 200.0, p99_us: 400.0, tmpfs: false };
+    const DISK: Disk =
+        Disk { mb_per_s: 100.0, p50_us: 200.0, p99_us: 400.0, p50_us_min: 190.0, p50_us_max: 300.0, tmpfs: false };
 
     #[test]
     fn a_case_is_the_median_of_its_rounds_and_stands_beside_the_disk() {
@@ -198,7 +201,7 @@ mod tests {
     #[test]
     fn the_document_has_the_promised_fields() {
         let case = Case::new("publish", 128, 1, &[round(10, 1.0, 5.0)], &DISK);
-        let report = Report::new(vec![case], DISK, &500, Duration::from_millis(1), 3);
+        let report = Report::new(vec![case], DISK, 500, Duration::from_millis(1), 3);
         let document: serde_json::Value = serde_json::from_str(&report.json()).unwrap();
         for field in ["cases", "disk", "kernel", "cpus", "date"] {
             assert!(!document[field].is_null(), "{field}");

@@ -28,6 +28,8 @@ use tonic::transport::Endpoint;
 const READY_SECONDS_MAX: u64 = 60;
 /// Time for one call of the control plane.
 const CONTROL_SECONDS_MAX: u64 = 20;
+/// Time for killed nodes to be gone.
+const GONE_TIME_MAX: Duration = Duration::from_secs(5);
 /// The number of the signal, as `kill -9` has it.
 const SIGKILL: i32 = 9;
 /// Tries to start a cluster, should another program take a port in between.
@@ -360,6 +362,22 @@ impl Cluster {
     }
 }
 
+impl Drop for Cluster {
+    /// Kills the nodes and sees them gone, so that their directory can be deleted after this.
+    fn drop(&mut self) {
+        for child in self.nodes.iter_mut().filter_map(|node| node.child.as_mut()) {
+            // One that has ended already needs no signal.
+            let _ = child.start_kill();
+        }
+        let deadline = Instant::now() + GONE_TIME_MAX;
+        for child in self.nodes.iter_mut().filter_map(|node| node.child.as_mut()) {
+            while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
 fn read_node(dir: &Path, number: u32) -> Result<Node, Error> {
     let path = dir.join(format!("node-{number}.toml"));
     let text = std::fs::read_to_string(&path)
@@ -434,6 +452,35 @@ else
 fi"#;
         let error = error_of(script).await;
         assert!(error.contains("node 1 ended while starting: data: the directory belongs"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn the_nodes_are_gone_when_the_cluster_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let admin = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let script = format!(
+            r#"
+if [ "$1" = up ]; then
+  printf 'node = 1\n[listen]\ncontrol = "127.0.0.1:1"\nadmin = "{}"\n' > "$7/node-1.toml"
+  echo '{{"server":"127.0.0.1:1","token":"t"}}'
+else
+  echo '{{}}'; exec sleep 600
+fi"#,
+            admin.local_addr().unwrap()
+        );
+        let ready = tokio::spawn(async move {
+            let (mut stream, _) = admin.accept().await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+            // Closing with the request unread would reset the connection under the answer; that
+            // the other side closes first is as good.
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+        });
+        let cluster = Cluster::start(program(dir.path(), &script), dir.path(), 1).await.unwrap();
+        ready.await.unwrap();
+        let pid = cluster.pids()[0];
+        assert!(Path::new(&format!("/proc/{pid}")).exists());
+        drop(cluster);
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "node {pid} outlives its cluster");
     }
 
     #[tokio::test]

@@ -95,7 +95,22 @@ pub struct Run {
     pub replay: String,
 }
 
-/// Makes a run and judges it.
+/// The nodes' data, deleted on drop, so that an interrupted run leaves none, unless kept.
+struct Data {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl Drop for Data {
+    fn drop(&mut self) {
+        if !self.keep {
+            // What cannot be deleted is left over; the verdict stands.
+            let _ = std::fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// Makes a run and judges it. The data stays for a look at it when the run is not valid or fails.
 ///
 /// # Errors
 /// The line that says why there is no verdict: no program, no cluster, no history.
@@ -114,20 +129,27 @@ pub async fn smoke(args: SmokeArgs) -> Result<Run, String> {
 
     let arqon = find_arqon(args.arqon.clone()).await.map_err(|error| error.to_string())?;
     let history = Arc::new(Writer::create(&history_path).map_err(|error| error.to_string())?);
-    let data = dir.join("data");
-    let mut cluster = Cluster::start(arqon, &data, NODE_COUNT).await.map_err(|error| error.to_string())?;
+    let mut data = Data { path: dir.join("data"), keep: args.keep };
     let plan = Plan { seed, kills_per_second: args.kills_per_second, time: args.time };
-    run(&mut cluster, &history, plan, args.rate, args.json).await?;
-    history.finish().map_err(|error| error.to_string())?;
+    let verdict = attempt(arqon, &data.path, &history, &history_path, plan, &args).await;
+    data.keep |= !verdict.as_ref().is_ok_and(|verdict| verdict.valid);
+    Ok(Run { verdict: verdict?, history: history_path, replay })
+}
 
+/// The run itself; its nodes are gone when it returns or is dropped.
+async fn attempt(
+    arqon: PathBuf,
+    data: &Path,
+    history: &Arc<Writer>,
+    history_path: &Path,
+    plan: Plan,
+    args: &SmokeArgs,
+) -> Result<Verdict, String> {
+    let mut cluster = Cluster::start(arqon, data, NODE_COUNT).await.map_err(|error| error.to_string())?;
+    run(&mut cluster, history, plan, args.rate, args.json).await?;
+    history.finish().map_err(|error| error.to_string())?;
     report::progress(args.json, "checking the history");
-    let verdict = judge(&History::load(&history_path).map_err(|error| error.to_string())?);
-    drop(cluster);
-    if verdict.valid && !args.keep {
-        // What cannot be deleted is left over; the verdict stands.
-        let _ = std::fs::remove_dir_all(&data);
-    }
-    Ok(Run { verdict, history: history_path, replay })
+    Ok(judge(&History::load(history_path).map_err(|error| error.to_string())?))
 }
 
 async fn run(cluster: &mut Cluster, history: &Arc<Writer>, plan: Plan, rate: u32, quiet: bool) -> Result<(), String> {
@@ -148,9 +170,11 @@ async fn run(cluster: &mut Cluster, history: &Arc<Writer>, plan: Plan, rate: u32
     });
     let workload = Workload::start(setup.clone(), history.clone()).map_err(|error| error.to_string())?;
     sleep(QUIET_TIME).await;
-    report::progress(quiet, &format!("{} nodes run; kills for {} s", NODE_COUNT, plan.time.as_secs_f64()));
+    let seconds = plan.time.as_secs_f64();
+    let kills = plan.kills_per_second;
+    report::progress(quiet, &format!("{NODE_COUNT} nodes run; up to {kills} kills per second for {seconds} s"));
     nemesis::run(cluster, history, TOPIC, plan).await.map_err(|error| error.to_string())?;
-    report::progress(quiet, "healed; waiting for writes and replicas");
+    report::progress(quiet, "all nodes run; waiting for writes to go on");
     // A little longer than the checker allows, so that it sees what came too late.
     workload.resume(Duration::from_secs(RESUME_SECONDS_MAX + 2)).await;
     sleep(QUIET_TIME).await;
