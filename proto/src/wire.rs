@@ -1,5 +1,5 @@
 //! Generated protobuf messages and the gRPC control plane, from `proto/arqonbus/v1`.
-#![expect(missing_docs, clippy::all, clippy::unwrap_used, reason = "generated code")]
+#![expect(clippy::all, reason = "generated code")]
 
 tonic::include_proto!("arqonbus.v1");
 

@@ -2,6 +2,7 @@
 //!
 //! A new layout gets new files; `ARQON_WRITE_FIXTURES=1` writes those that do not exist yet and
 //! never changes one that does.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::{fs, path::PathBuf};
 

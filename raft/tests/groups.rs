@@ -1,4 +1,5 @@
 //! Three nodes in one process: real logs, real sockets, real openraft.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod support;
 

@@ -6,6 +6,7 @@
 //! hand out the same positions again.
 //!
 //! `ARQON_SEED=N cargo test --release -p arqon-raft --test power` replays one seed.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod support;
 
