@@ -326,7 +326,7 @@ mod tests {
         operators.follow(&operators.rewrite(&ada, &heartbeat(false)).unwrap(), seen(start + EXPIRY / 2));
         assert!(operators.expire(start + EXPIRY).is_empty());
         let key = ("acme".to_owned(), "g1".to_owned());
-        assert_eq!(operators.expire(start + EXPIRY * 2), [key.clone()]);
+        assert_eq!(operators.expire(start + EXPIRY * 2), std::slice::from_ref(&key));
         assert!(operators.expire(start + EXPIRY * 2).is_empty(), "named once");
         let expired = operators.admit(&ada, "g1").unwrap_err();
         assert!(expired.code() == wire::ErrorCode::TargetNotFound && expired.message.contains("g1"));

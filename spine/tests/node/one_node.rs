@@ -1,14 +1,11 @@
 //! One node on real ports, as clients see it.
-#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-
-mod support;
 
 use std::time::Duration;
 
+use crate::support::{Client, Cluster, authorized, batch, batch_of, fetch_from};
 use arqon_proto::{Claims, OPERATOR_TOPIC, ProducerStamp, limits, wire};
 use arqon_spine::{Listeners, Node};
 use prost::Message;
-use support::{Client, Cluster, authorized, batch, batch_of, fetch_from};
 use wire::{ErrorCode, frame::Body};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -29,7 +26,7 @@ async fn what_is_produced_is_fetched_and_survives_a_restart() {
     cluster.restart(0).await;
     cluster.wait_ready().await;
     let mut client = cluster.connect(0, &cluster.admin()).await;
-    support::until("the partition leads again", async || match client.fetch(fetch.clone()).await {
+    crate::support::until("the partition leads again", async || match client.fetch(fetch.clone()).await {
         Ok(payloads) => payloads == ["a", "b", "c"],
         Err(error) => {
             assert_eq!(error.code(), ErrorCode::NotLeader, "{error:?}");
@@ -62,7 +59,7 @@ async fn a_long_poll_sees_what_comes_and_pipelined_batches_keep_their_order() {
         assert!(answered.insert(id));
     }
     let (_, polled) = reader.receive().await.unwrap();
-    assert!(!support::payloads(polled.unwrap().1).is_empty());
+    assert!(!crate::support::payloads(polled.unwrap().1).is_empty());
     let all = reader.fetch(fetch_from("events", 0)).await.unwrap();
     assert_eq!(all, (0..count).map(|sequence| format!("{sequence:04}")).collect::<Vec<_>>());
     let again = batch_of("", ["x".into()], Some(ProducerStamp { id: [7; 16], epoch: 0, base_sequence: count - 1 }));
@@ -81,7 +78,7 @@ async fn whoever_may_not_is_refused_with_the_reason() {
     let forger =
         arqon_proto::TokenSigner::from_pem(arqon_proto::TokenAlgorithm::EdDSA, None, other.private_key_pem.as_bytes())
             .unwrap();
-    let expired = Claims { exp: support::now_seconds() - 1, ..cluster.claims("acme", &[]) };
+    let expired = Claims { exp: crate::support::now_seconds() - 1, ..cluster.claims("acme", &[]) };
     for (token, reason) in [
         (String::new(), "missing"),
         ("garbage".into(), "malformed"),
@@ -164,7 +161,7 @@ async fn bad_frames_end_the_session_and_bad_requests_do_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_ends_with_its_token() {
     let cluster = Cluster::start(1).await;
-    let short = Claims { exp: support::now_seconds() + 2, ..cluster.claims("acme", &[]) };
+    let short = Claims { exp: crate::support::now_seconds() + 2, ..cluster.claims("acme", &[]) };
     let mut client = cluster.connect(0, &cluster.signer.mint(&short).unwrap()).await;
     let (id, ended) = client.receive().await.unwrap();
     let ended = ended.unwrap_err();
@@ -184,14 +181,14 @@ async fn answers_wait_for_the_clients_credit() {
     let mut client = Client::connect_with(cluster.addresses[0].client, hello).await.unwrap();
     let payload = "x".repeat(700);
     client.produce("events", 0, batch(&[&payload])).await.unwrap();
-    assert_eq!(client.fetch(fetch_from("events", 0)).await.unwrap(), [payload.clone()]);
+    assert_eq!(client.fetch(fetch_from("events", 0)).await.unwrap(), std::slice::from_ref(&payload));
     client.send(Body::Fetch(fetch_from("events", 0)), &[]).await;
     let ping = client.send(Body::Ping(wire::Ping {}), &[]).await;
     let (id, answer) = client.receive().await.unwrap();
     assert_eq!(id, ping, "the fetch waits, the ping does not: {answer:?}");
     client.send(Body::Credit(wire::Credit { bytes: 1_000 }), &[]).await;
     let (_, fetched) = client.receive().await.unwrap();
-    assert_eq!(support::payloads(fetched.unwrap().1), [payload]);
+    assert_eq!(crate::support::payloads(fetched.unwrap().1), [payload]);
     cluster.shutdown().await;
 }
 
@@ -224,7 +221,7 @@ async fn jobs_are_leased_to_live_operators_and_have_one_result() {
     let registered = batch_of("arqonbus.operator.registration.v1", [registration.encode_to_vec().into()], None);
     client.produce(OPERATOR_TOPIC, 0, registered).await.unwrap();
     let mut leased = None;
-    support::until("the node knows the operator", async || {
+    crate::support::until("the node knows the operator", async || {
         leased = client.work(work("g1")).await.ok();
         leased.is_some()
     })
@@ -287,7 +284,7 @@ async fn an_operator_that_leaves_gives_its_jobs_back_at_once() {
         lease_ms: 600_000,
         ..Default::default()
     };
-    support::until("the first operator has the job", async || {
+    crate::support::until("the first operator has the job", async || {
         client.work(work("g1")).await.is_ok_and(|(leased, _)| leased.leases.len() == 1)
     })
     .await;

@@ -1,16 +1,13 @@
 //! Three nodes in one process, on real ports and disks.
-#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod support;
-
+use crate::support::{Cluster, authorized, batch, batch_of, fetch_from};
 use arqon_proto::{ProducerStamp, wire};
-use support::{Cluster, authorized, batch, batch_of, fetch_from};
 use wire::{ErrorCode, frame::Body};
 
 /// Writes one batch with its sequence until it is acknowledged, on whichever node leads, as a
 /// careful client does.
 async fn write(cluster: &Cluster, ask: usize, topic: &str, sequence: u64) {
-    support::until("the batch is acknowledged", async || {
+    crate::support::until("the batch is acknowledged", async || {
         let leader = cluster.leader_of(ask, topic, 0).await;
         let mut client = cluster.connect(leader, &cluster.admin()).await;
         let producer = ProducerStamp { id: [9; 16], epoch: 0, base_sequence: sequence };
@@ -96,11 +93,11 @@ async fn writes_go_on_when_a_node_leaves_and_it_catches_up_when_it_is_back() {
     for node in 0..3 {
         let mut client = cluster.connect(node, &cluster.admin()).await;
         let any = wire::Fetch { any_replica: true, ..fetch_from("events", 0) };
-        support::until("the replica has it all", async || {
+        crate::support::until("the replica has it all", async || {
             client.fetch(any.clone()).await.is_ok_and(|all| all == expected)
         })
         .await;
-        support::until("the node knows the new topic", async || client.describe("later").await.is_ok()).await;
+        crate::support::until("the node knows the new topic", async || client.describe("later").await.is_ok()).await;
     }
     cluster.shutdown().await;
 }
@@ -110,13 +107,16 @@ async fn a_deleted_topic_leaves_the_disk_of_a_node_that_was_away() {
     let mut cluster = Cluster::start(3).await;
     cluster.create(0, "events", 1).await.unwrap();
     let logs = |config: &arqon_spine::Config| std::fs::read_dir(config.data.join("logs")).unwrap().count();
-    support::until("every node has the replica", async || cluster.configs.iter().all(|config| logs(config) == 3)).await;
+    crate::support::until("every node has the replica", async || {
+        cluster.configs.iter().all(|config| logs(config) == 3)
+    })
+    .await;
     cluster.stop(2).await;
     let mut control = cluster.control(0).await;
     let delete = wire::DeleteTopicRequest { topic: "events".into() };
     control.delete_topic(authorized(delete, &cluster.admin())).await.unwrap();
     cluster.restart(2).await;
-    support::until("the data is gone", async || cluster.configs.iter().all(|config| logs(config) == 2)).await;
+    crate::support::until("the data is gone", async || cluster.configs.iter().all(|config| logs(config) == 2)).await;
     cluster.wait_ready().await;
     cluster.shutdown().await;
 }

@@ -1,6 +1,5 @@
 //! A cluster in this process, and a client that speaks raw frames.
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-#![allow(dead_code, reason = "each test program uses its part")]
 
 use std::{net::SocketAddr, time::Duration};
 

@@ -1,0 +1,5 @@
+//! Whole nodes in this process: real ports, real disks, raw frames.
+
+mod one_node;
+mod support;
+mod three_nodes;
