@@ -8,7 +8,7 @@ use wire::{frame::Body, list_offsets::At};
 
 use crate::{
     Consumer, ConsumerOptions, Error, From, Options, Producer, ProducerOptions, Worker, WorkerOptions,
-    lane::Lanes,
+    lane::{Lanes, Submitted},
     router::{Patience, Router, Target},
 };
 
@@ -150,8 +150,12 @@ impl Client {
         let replica = |topic: &str, partition| Target::Replica { topic: topic.to_owned(), partition };
         let (target, wait_ms, what) = match body {
             Body::Produce(produce) => {
-                let produced = self.lanes.produce(&self.router, produce, joined(payload)).await?;
+                let produced = self.submit(produce, joined(payload)).await?.outcome().await?;
                 return Ok((Body::Produced(produced), Bytes::new()));
+            }
+            Body::DescribeTopic(describe) => {
+                let description = self.describe_topic(&describe.topic).await?;
+                return Ok((Body::TopicDescription(description), Bytes::new()));
             }
             Body::Fetch(ref f) if f.any_replica => (replica(&f.topic, f.partition), f.wait_ms, "fetch from"),
             Body::Fetch(ref f) => (leader(&f.topic, f.partition), f.wait_ms, "fetch from"),
@@ -161,7 +165,7 @@ impl Client {
             Body::Ack(ref a) => (leader(&a.topic, a.partition), 0, "acknowledge jobs of"),
             Body::Nack(ref n) => (leader(&n.topic, n.partition), 0, "give back jobs of"),
             Body::Renew(ref r) => (leader(&r.topic, r.partition), 0, "renew leases of"),
-            Body::DescribeTopic(_) | Body::Ping(_) => (Target::Any, 0, "ask"),
+            Body::Ping(_) => (Target::Any, 0, "ask"),
             _ => return Err(Error::invalid("request", "is not one that a client sends")),
         };
         let what = match &target {
@@ -171,6 +175,15 @@ impl Client {
             _ => what.to_owned(),
         };
         self.router.request(&target, &body, &payload, Patience::safe(wait_ms), &what).await
+    }
+
+    /// Puts one encoded batch in line for its partition; its place among other batches is settled
+    /// when this returns. Waits for room in the line only.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when `batch` is no batch.
+    pub async fn submit(&self, produce: wire::Produce, batch: Bytes) -> Result<Submitted, Error> {
+        self.lanes.submit(&self.router, produce, batch).await
     }
 
     pub(crate) fn router(&self) -> &Arc<Router> {

@@ -26,13 +26,13 @@ pub(crate) struct Lanes {
 }
 
 impl Lanes {
-    /// Produces one encoded batch behind all those given before it.
-    pub(crate) async fn produce(
+    /// Puts one encoded batch behind all those given before it.
+    pub(crate) async fn submit(
         &self,
         router: &Arc<Router>,
         produce: wire::Produce,
         bytes: Bytes,
-    ) -> Result<wire::Produced, Error> {
+    ) -> Result<Submitted, Error> {
         let header = Header::decode(&bytes).map_err(|error| Error::invalid("batch", error.to_string()))?;
         let safe = header.has_producer() || !produce.lease_tokens.is_empty();
         let (sender, receiver) = oneshot::channel();
@@ -53,7 +53,7 @@ impl Lanes {
                 Err(mpsc::error::SendError(refused)) => item = refused,
             }
         }
-        receiver.await.unwrap_or(Err(Error::Closed))
+        Ok(Submitted { receiver })
     }
 
     fn lane(&self, router: &Arc<Router>, key: &(String, u32)) -> mpsc::Sender<Item> {
@@ -67,6 +67,22 @@ impl Lanes {
         tokio::spawn(run(flight, items));
         open.insert(key.clone(), sender.clone());
         sender
+    }
+}
+
+/// A batch in line for its partition. Dropping it does not take the batch back.
+#[derive(Debug)]
+pub struct Submitted {
+    receiver: oneshot::Receiver<Result<wire::Produced, Error>>,
+}
+
+impl Submitted {
+    /// Waits until the batch is written or given up.
+    ///
+    /// # Errors
+    /// As [`crate::Client::request`] of a produce.
+    pub async fn outcome(self) -> Result<wire::Produced, Error> {
+        self.receiver.await.unwrap_or(Err(Error::Closed))
     }
 }
 

@@ -51,6 +51,7 @@ pub use consumer::{Consumer, ConsumerOptions, From};
 pub use error::{Error, SendError};
 pub use event::{Event, NewEvent};
 pub use job::{Completed, Job};
+pub use lane::Submitted;
 pub use options::Options;
 pub use producer::{Delivery, Producer, ProducerOptions, Receipt, partition_of};
 pub use worker::{Worker, WorkerOptions};

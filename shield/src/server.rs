@@ -1,0 +1,207 @@
+//! Start, accept, stop.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use arqon_proto::Verifier;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    task::{JoinHandle, JoinSet},
+    time::{sleep, timeout},
+};
+use tokio_tungstenite::{
+    accept_hdr_async_with_config,
+    tungstenite::{handshake::server, protocol::WebSocketConfig},
+};
+
+use crate::{
+    Config, ConfigError, admin,
+    handshake::{Admitted, accepted, admit, refused},
+    metrics::Metrics,
+    rates::Rates,
+    session,
+};
+
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+/// How long sessions may take to say goodbye.
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+
+/// Why a Shield does not start: one line that names the key or address.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A key of the configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An address that cannot be listened on.
+    #[error("{key}: cannot listen on {address}: {source}")]
+    Listen {
+        /// The key of the configuration.
+        key: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+/// A running Shield. Stop it with [`Shield::shutdown`]; dropping it ends it at once.
+#[derive(Debug)]
+pub struct Shield {
+    address: SocketAddr,
+    admin_address: SocketAddr,
+    stop: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// What all sessions share.
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) metrics: Metrics,
+    pub(crate) rates: Rates,
+    verifier: Verifier,
+}
+
+impl Shield {
+    /// Starts to listen. The Spine need not be there yet.
+    ///
+    /// # Errors
+    /// A wrong configuration, a key file that cannot be used, an address in use.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        config.check()?;
+        let (listen, admin) = config.addresses()?;
+        let verifier = config.verifier()?;
+        let bind = async |key, address| {
+            TcpListener::bind(address).await.map_err(|source| StartError::Listen { key, address, source })
+        };
+        let (clients, admins) = (bind("listen", listen).await?, bind("admin", admin).await?);
+        let local = |key, address, listener: &TcpListener| {
+            listener.local_addr().map_err(|source| StartError::Listen { key, address, source })
+        };
+        let (address, admin_address) = (local("listen", listen, &clients)?, local("admin", admin, &admins)?);
+        let shared = Arc::new(Shared { metrics: Metrics::new(), rates: Rates::new(&config.limits), verifier, config });
+        let (stop, stopping) = watch::channel(false);
+        let tasks = vec![
+            tokio::spawn(accept(shared.clone(), clients, stopping.clone())),
+            tokio::spawn(admin::serve(shared, admins, stopping)),
+        ];
+        tracing::info!(%address, admin = %admin_address, "Shield listens");
+        Ok(Self { address, admin_address, stop, tasks })
+    }
+
+    /// Where clients connect: `ws://ADDRESS/v1/ws`.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where metrics and health are shown.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// Takes no more clients, closes every session with code 1001 and returns when they are gone,
+    /// after 5 s at most.
+    pub async fn shutdown(mut self) {
+        self.stop.send_replace(true);
+        for task in &mut self.tasks {
+            if timeout(DRAIN_TIME, &mut *task).await.is_err() {
+                task.abort();
+            }
+        }
+    }
+}
+
+impl Drop for Shield {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+async fn accept(shared: Arc<Shared>, listener: TcpListener, mut stopping: watch::Receiver<bool>) {
+    let places = Arc::new(Semaphore::new(shared.config.limits.connections));
+    let mut sessions = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = sessions.join_next() => continue,
+            _ = stopping.wait_for(|stopping| *stopping) => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            // Out of descriptors, for example: wait for connections to go rather than spin.
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a client");
+                sleep(ACCEPT_RETRY_DELAY).await;
+                continue;
+            }
+        };
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            shared.metrics.refused_handshake("full");
+            // What fits into an empty socket buffer is told, without waiting.
+            let _ = stream.try_write(FULL);
+            continue;
+        };
+        let (shared, stopping) = (shared.clone(), stopping.clone());
+        sessions.spawn(async move {
+            shared.metrics.connections.inc();
+            connection(&shared, stream, stopping).await;
+            shared.metrics.connections.dec();
+            drop(place);
+        });
+    }
+    drop(listener);
+    let drained = async { while sessions.join_next().await.is_some() {} };
+    if timeout(DRAIN_TIME, drained).await.is_err() {
+        tracing::warn!(count = sessions.len(), "sessions did not end in time");
+    }
+}
+
+async fn connection(shared: &Arc<Shared>, stream: TcpStream, mut stopping: watch::Receiver<bool>) {
+    let limits = &shared.config.limits;
+    if stream.set_nodelay(true).is_err() {
+        return;
+    }
+    let config = WebSocketConfig::default()
+        .read_buffer_size(16 << 10)
+        .write_buffer_size(64 << 10)
+        .max_message_size(Some(limits.message_size))
+        .max_frame_size(Some(limits.message_size));
+    let mut admitted = None;
+    #[expect(clippy::result_large_err, reason = "the library's signature")]
+    let judge =
+        |request: &server::Request, response: server::Response| match admit(&shared.verifier, request, now_seconds()) {
+            Ok(client) => {
+                admitted = Some(client);
+                Ok(accepted(response))
+            }
+            Err(refusal) => {
+                shared.metrics.refused_handshake(refusal.reason);
+                Err(refused(refusal))
+            }
+        };
+    let handshake = timeout(limits.handshake(), accept_hdr_async_with_config(stream, judge, Some(config)));
+    let socket = tokio::select! {
+        socket = handshake => socket,
+        _ = stopping.wait_for(|stopping| *stopping) => return,
+    };
+    match (socket, admitted) {
+        (Ok(Ok(socket)), Some(Admitted { token, session })) => {
+            session::run(shared, socket, token, session, stopping).await;
+        }
+        (Err(_), _) => shared.metrics.refused_handshake("slow"),
+        _ => {}
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn now_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
