@@ -57,6 +57,7 @@ pub(super) struct Waiting {
     pub holder: Arc<Holder>,
     pub job_count_max: usize,
     since: Instant,
+    deadline: Instant,
     reply: oneshot::Sender<WorkReply>,
 }
 
@@ -81,7 +82,7 @@ pub(super) enum SettleKind {
 
 /// What workers ask of the queue task.
 pub(super) enum Request {
-    Work { group: String, waiting: Waiting, deadline: Instant },
+    Work { group: String, waiting: Waiting },
     Settle(Settle),
     ExpireOperator { operator_id: String },
 }
@@ -128,11 +129,9 @@ impl Partition {
         let wait_ms = request.wait_ms.min(limits::POLL_WAIT_MS_MAX);
         let (reply, answer) = oneshot::channel();
         let job_count_max = request.jobs_max.min(limits::WORK_JOB_COUNT_MAX) as usize;
-        self.ask(Request::Work {
-            group: request.group,
-            waiting: Waiting { holder, job_count_max, since, reply },
-            deadline: since + Duration::from_millis(u64::from(wait_ms)),
-        })?;
+        let deadline = since + Duration::from_millis(u64::from(wait_ms));
+        let waiting = Waiting { holder, job_count_max, since, deadline, reply };
+        self.ask(Request::Work { group: request.group, waiting })?;
         answer.await.unwrap_or_else(|_| Err(self.replica.not_leader()))
     }
 
@@ -213,11 +212,13 @@ pub(super) async fn run(
 ) {
     let mut status = replica.group.watch();
     let mut needs_barrier = None;
+    let mut early = None;
     loop {
         status.borrow_and_update();
         if let Some(term) = replica.leading_term() {
             let Some(submissions) = submissions.upgrade() else { return };
             let mut lead = Lead::new(&replica, submissions, term);
+            early.take().into_iter().for_each(|request| lead.take(request));
             let needs_barrier_now = needs_barrier == Some(term);
             let end = tokio::select! {
                 biased;
@@ -238,6 +239,8 @@ pub(super) async fn run(
             _ = closing.wait_for(|is_closing| *is_closing) => return,
             changed = status.changed() => if changed.is_err() { return },
             request = requests.recv() => match request {
+                // Leadership may show here before its change wakes this task.
+                Some(request) if replica.leading_term().is_some() => early = Some(request),
                 Some(request) => request.refuse(replica.not_leader()),
                 None => return,
             },
@@ -425,16 +428,18 @@ impl<'a> Lead<'a> {
             Request::Work { waiting, .. } if self.line_of.len() >= WAITING_COUNT_MAX => {
                 waiting.refuse(overloaded(format_args!("too many workers wait for {}", self.replica.name())));
             }
-            Request::Work { group, waiting, deadline } => {
-                let ticket = self.next_ticket;
-                self.next_ticket += 1;
-                self.polls.set(ticket, deadline);
-                self.line_of.insert(ticket, group.clone());
-                self.lines.entry(group).or_default().insert(ticket, waiting);
-            }
+            Request::Work { group, waiting } => self.join_line(group, waiting),
             Request::Settle(settle) => self.settling.push_back(settle),
             Request::ExpireOperator { operator_id } => self.end_leases_of(&operator_id),
         }
+    }
+
+    fn join_line(&mut self, group: String, waiting: Waiting) {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.polls.set(ticket, waiting.deadline);
+        self.line_of.insert(ticket, group.clone());
+        self.lines.entry(group).or_default().insert(ticket, waiting);
     }
 
     /// Takes a waiting worker out of its line.
@@ -631,22 +636,7 @@ impl<'a> Lead<'a> {
         let flight = self.flight.take()?;
         let applied = match outcome {
             Ok(applied) => applied,
-            Err(cause) => {
-                let end = match &cause {
-                    ProposeError::Overloaded => {
-                        self.retry_at = Some(Instant::now() + RETRY_PAUSE);
-                        None
-                    }
-                    ProposeError::UnknownOutcome(_) => Some(End::Unknown),
-                    ProposeError::NotLeader { .. } | ProposeError::Stopped(_) => Some(End::NotLeader),
-                };
-                let error = self.replica.propose_error(&cause, true);
-                flight.parts.into_iter().for_each(|part| part.refuse(error.clone()));
-                if end.is_some() && self.replica.leading_term() == Some(self.term) {
-                    return Some(End::Unknown);
-                }
-                return end;
-            }
+            Err(cause) => return self.failed(flight, &cause),
         };
         self.retry_at = None;
         let outcome = QueueOutcome::decode(applied.outcome).expect("the state machine of this process encoded it");
@@ -662,6 +652,30 @@ impl<'a> Lead<'a> {
         }
         self.count_leased();
         None
+    }
+
+    /// The entry in flight has no outcome.
+    fn failed(&mut self, flight: Flight, cause: &ProposeError) -> Option<End> {
+        let still_leads = self.replica.leading_term() == Some(self.term);
+        // A leader that has not heard from a majority of late takes no entries for a moment.
+        let is_pushed_back = match cause {
+            ProposeError::Overloaded => true,
+            ProposeError::NotLeader { .. } => still_leads,
+            ProposeError::UnknownOutcome(_) | ProposeError::Stopped(_) => false,
+        };
+        let error = self.replica.propose_error(cause, true);
+        for (command, part) in flight.record.queue.into_iter().zip(flight.parts) {
+            match part {
+                // Nothing was granted: the worker waits on.
+                Part::Grant { waiting, .. } if is_pushed_back => self.join_line(command.group, waiting),
+                part => part.refuse(error.clone()),
+            }
+        }
+        if is_pushed_back {
+            self.retry_at = Some(Instant::now() + RETRY_PAUSE);
+            return None;
+        }
+        Some(if still_leads { End::Unknown } else { End::NotLeader })
     }
 
     /// Sets the clocks after a committed command.

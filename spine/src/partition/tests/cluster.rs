@@ -133,8 +133,10 @@ impl Cluster {
             let identity = Identity { cluster: "test".into(), node: *node };
             let store = Store::open(dir.path(), identity, Options::default()).unwrap();
             let secret = vec![7; 32];
-            self.hosts
-                .push(Host::start(HostOptions { node: *node, cluster: "test".into(), secret, tls: None, peer_listener }, store));
+            self.hosts.push(Host::start(
+                HostOptions { node: *node, cluster: "test".into(), secret, tls: None, peer_listener },
+                store,
+            ));
         }
         for host in &self.hosts {
             host.set_peers(addresses.clone());

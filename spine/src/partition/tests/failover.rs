@@ -92,7 +92,7 @@ async fn leases_survive_a_change_of_leader_and_no_job_is_handed_out_twice() {
     assert_eq!(code(sent_on), ErrorCode::NotLeader, "a worker must not wait at the old leader");
     assert_eq!(code(jobs.ack(ack(&held)).await), ErrorCode::NotLeader);
 
-    let (rest, _) = next.work(work(100, 0), None).await.unwrap();
+    let (rest, _) = next.work(work(100, 20_000), None).await.unwrap();
     assert_eq!(rest.leases.iter().map(|lease| lease.offset).collect::<Vec<_>>(), (5..10).collect::<Vec<_>>());
     let results = cluster.leader(RESULTS).await;
     for lease in held.iter().chain(&rest.leases) {
