@@ -1,4 +1,5 @@
 //! Operators on a real node in this process: jobs in, results out.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::{
     collections::BTreeMap,
@@ -296,7 +297,7 @@ async fn jobs_of_a_shim_that_dies_are_done_by_another() {
     let running = tokio::spawn(shim.run(async { stopped.await.unwrap_or_default() }));
     check_seeds(&bus.results("genesis.results", 30).await);
 
-    assert!(get(admin, "/metrics").await.contains("arqon_operator_jobs_total{end=\"Done\"} 30"));
+    assert!(get(admin, "/metrics").await.contains("arqon_operator_jobs_total{end=\"done\"} 30"));
     assert!(get(admin, "/readyz").await.starts_with("HTTP/1.1 200"));
     assert!(get(admin, "/healthz").await.contains("ok"));
     stop.send(()).unwrap();

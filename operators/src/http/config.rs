@@ -403,6 +403,33 @@ url = "http://127.0.0.1:3000/distill"
     }
 
     #[test]
+    fn the_guide_shows_every_key_with_its_default() {
+        let guide = include_str!("../../../docs/operators.md");
+        let text = guide.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
+        let shown = HttpShimConfig::parse(text).unwrap();
+        // The reader's own list of keys.
+        let unknown = HttpShimConfig::parse("unknown = 1").unwrap_err().problem;
+        let keys: Vec<&str> = unknown.split('`').skip(3).step_by(2).collect();
+        assert!(keys.len() > 20, "{unknown}");
+        for key in keys.iter().filter(|key| **key != "token") {
+            let has = |line: &str| line.starts_with(&format!("{key} = ")) || line.starts_with(&format!("[{key}]"));
+            assert!(text.lines().any(has), "{key}");
+        }
+        // What the guide gives as a default is one.
+        let least =
+            LEAST.replace("[\"127.0.0.1:7700\"]", "[\"127.0.0.1:7700\", \"127.0.0.1:7800\"]").replace("1.2.0", "1.4.0");
+        let mut least = HttpShimConfig::parse(&least).unwrap();
+        assert_eq!(format!("{:?}", least.options(Metrics::new())), format!("{:?}", shown.options(Metrics::new())));
+        assert_eq!((least.job_schema(), least.result_field()), (shown.job_schema(), shown.result_field()));
+        (least.token, least.token_file) = (None, shown.token_file.clone());
+        (least.results_topic, least.group) = (shown.results_topic.clone(), shown.group.clone());
+        (least.job_schema, least.result_schema) = (shown.job_schema.clone(), shown.result_schema.clone());
+        (least.result_field, least.headers) = (shown.result_field.clone(), shown.headers.clone());
+        (least.pass_headers, least.admin_listen) = (shown.pass_headers.clone(), shown.admin_listen.clone());
+        assert_eq!(least, shown);
+    }
+
+    #[test]
     fn secrets_are_not_printed() {
         let text = format!("{LEAST}\n[headers]\nauthorization = \"Bearer hidden\"\n");
         let config = HttpShimConfig::parse(&text).unwrap();

@@ -1,6 +1,7 @@
 //! What an operator counts.
 
 use std::{
+    fmt::Write as _,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicI64, Ordering},
@@ -9,13 +10,13 @@ use std::{
 };
 
 use prometheus_client::{
-    encoding::{EncodeLabelSet, EncodeLabelValue, text::encode},
+    encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder, text::encode},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 
 /// How a job ended here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum JobEnd {
     /// Its result is published and the job settled.
     Done,
@@ -27,6 +28,24 @@ pub enum JobEnd {
     Returned,
     /// Its lease was lost meanwhile; another worker has it.
     Lost,
+}
+
+impl JobEnd {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Retried => "retried",
+            Self::Returned => "returned",
+            Self::Lost => "lost",
+        }
+    }
+}
+
+impl EncodeLabelValue for JobEnd {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
+        encoder.write_str(self.name())
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -108,7 +108,8 @@ pub fn job_id(job: &Event) -> String {
 pub fn failed_result(job: &Event, message: &str) -> NewEvent {
     let mut line: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     if line.len() > ERROR_TEXT_SIZE_MAX {
-        line.truncate(line.floor_char_boundary(ERROR_TEXT_SIZE_MAX));
+        let ends = line.char_indices().map(|(start, c)| start + c.len_utf8());
+        line.truncate(ends.take_while(|end| *end <= ERROR_TEXT_SIZE_MAX).last().unwrap_or(0));
         line.push_str("...");
     }
     let error = serde_json::Value::String(line);

@@ -305,7 +305,7 @@ async fn every_job_ends_as_its_operator_says() {
     assert_eq!(metrics.jobs(JobEnd::Done), 2);
     assert_eq!(metrics.jobs(JobEnd::Failed), 2);
     assert_eq!(metrics.jobs(JobEnd::Retried), 1);
-    assert!(metrics.text().contains("arqon_operator_jobs_total{end=\"Done\"} 2"), "{}", metrics.text());
+    assert!(metrics.text().contains("arqon_operator_jobs_total{end=\"done\"} 2"), "{}", metrics.text());
 }
 
 #[tokio::test]
