@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use arqon_operators::{HttpShim, HttpShimConfig};
+use arqon_shield::Shield;
 use arqon_spine::Node;
 use serde_json::json;
 
@@ -79,9 +80,15 @@ pub async fn node(args: ConfigArgs, log: LogArgs) -> Result<(), Failure> {
 /// # Errors
 /// The configuration is wrong, or the Shield cannot start.
 pub async fn shield(args: ConfigArgs, log: LogArgs) -> Result<(), Failure> {
-    let _ = (args, log);
-    output::json(&json!({ "ready": true }))?;
-    StopSignals::listen()?.wait().await;
+    let config = arqon_shield::Config::load(&args.config).map_err(|error| at(&args, error))?;
+    logging::start(log, "info", false);
+    let mut signals = StopSignals::listen()?;
+    let shield = Shield::start(config).await.map_err(Failure::failed)?;
+    let url = format!("ws://{}/v1/ws", shield.address());
+    output::json(&json!({ "ready": true, "shield": url, "admin": shield.admin_address().to_string() }))?;
+    signals.wait().await;
+    tracing::info!("Shield stops");
+    shield.shutdown().await;
     Ok(())
 }
 

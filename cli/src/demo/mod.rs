@@ -243,7 +243,7 @@ async fn set_up(plan: &Plan, pictures: Arc<Pictures>, folder: &Path, story: &Sto
     story.tell(format_args!("an HTTP worker runs at {url} behind its shim"));
 
     let token = layout.mint("demo-client", "client", &["publish:genesis.jobs", "subscribe:genesis.*"])?;
-    let client = connect::client(&layout.servers(), &token).await?;
+    let client = connect::client(layout.shield(), &token).await?;
     let topics = (JOBS_TOPIC, RESULTS_TOPIC);
     let kinds = pictures.count();
     let traffic = Traffic::start(&client, topics, PARTITION_COUNT, plan.jobs, pictures).await?;

@@ -16,6 +16,12 @@ fn the_node_starts_from_its_sample() {
 }
 
 #[test]
+fn the_shield_starts_from_its_sample() {
+    let config = arqon_shield::Config::load(&sample("shield.toml")).unwrap();
+    assert!(!config.dev);
+}
+
+#[test]
 fn the_http_shim_starts_from_its_sample() {
     HttpShimConfig::load(&sample("http-shim.toml")).unwrap();
 }
