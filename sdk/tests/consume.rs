@@ -1,5 +1,7 @@
 //! What a consumer promises: every event once, in order, or an error that says what is missing.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod fake;
 
 use std::time::Duration;

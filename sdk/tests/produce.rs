@@ -1,5 +1,7 @@
 //! What a producer promises: every acknowledged event stands once, in order, whatever fails.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod fake;
 
 use std::{collections::HashMap, time::Duration};

@@ -1,5 +1,7 @@
 //! What a worker promises: bounded, fair, one result a job, nothing forgotten.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod fake;
 
 use std::{collections::HashSet, time::Duration};
