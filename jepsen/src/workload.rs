@@ -119,6 +119,15 @@ impl Shared {
     }
 }
 
+/// An error as the history has it: the code, a colon, the text.
+fn told(error: &arqon_sdk::Error) -> String {
+    match error {
+        // Its text begins with the code.
+        arqon_sdk::Error::Server { .. } => error.to_string(),
+        _ => format!("{}: {error}", error.code_name()),
+    }
+}
+
 /// Waits for all tasks; a panic in one is a panic here, as its operations would be missing.
 async fn finish(tasks: &mut JoinSet<()>) {
     while let Some(ended) = tasks.join_next().await {
@@ -189,5 +198,20 @@ impl Workload {
         // Each task ends by the time-outs of its operations.
         finish(&mut self.tasks).await;
         self.shared.ends.iter().map(|end| end.load(Ordering::Acquire)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arqon_sdk::{Error, wire};
+
+    #[test]
+    fn errors_begin_with_their_code_once() {
+        let damaged: Error =
+            wire::Error { code: wire::ErrorCode::Damaged.into(), message: "t/0 at 5".to_owned(), ..Default::default() }
+                .into();
+        assert_eq!(told(&damaged), "DAMAGED: t/0 at 5");
+        assert_eq!(told(&Error::Closed), "CLOSED: closed");
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use arqon_sdk::{Client, Delivery, Error, NewEvent, Producer, ProducerOptions, wire::ErrorCode};
 use tokio::{sync::Mutex, task::JoinSet, time::Instant};
 
-use super::{PROCESS_COUNT, Shared, finish};
+use super::{PROCESS_COUNT, Shared, finish, told};
 use crate::{
     history::{Kind, Line, Value},
     payload,
@@ -85,7 +85,7 @@ impl Generation {
         };
         let (kind, offset, error) = match outcome {
             Ok(receipt) => (Kind::Ok, Some(receipt.offset), None),
-            Err(error) => (kind_of(&error), None, Some(format!("{}: {error}", error.code_name()))),
+            Err(error) => (kind_of(&error), None, Some(told(&error))),
         };
         shared.history.record(Line { kind, offset, error, ..line });
         if let Some(offset) = offset {

@@ -8,7 +8,7 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
-use super::{Setup, Shared};
+use super::{Setup, Shared, told};
 use crate::{
     check::CONVERGE_SECONDS_MAX,
     history::{Kind, Line, Value, Writer},
@@ -72,10 +72,6 @@ async fn poll(consumer: &mut Consumer, partition: u32, end: Instant) -> (Vec<(u6
         }
     }
     (values, None)
-}
-
-fn told(error: &Error) -> String {
-    format!("{}: {error}", error.code_name())
 }
 
 /// Reads every replica of every partition to its end and records it as the closing read.
