@@ -234,6 +234,9 @@ pub(super) async fn run(
             }
             continue;
         }
+        if let Some(request) = early.take() {
+            request.refuse(replica.not_leader());
+        }
         tokio::select! {
             biased;
             _ = closing.wait_for(|is_closing| *is_closing) => return,

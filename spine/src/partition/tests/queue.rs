@@ -257,7 +257,7 @@ async fn what_no_worker_may_ask_is_refused_by_name() {
     }
     assert_eq!(jobs.ack(ack(&[])).await.unwrap_err().field, "leases");
     let lease = Lease { offset: 3, attempt: 1, ..Default::default() };
-    assert_eq!(jobs.nack(nack(&[lease.clone()], u32::MAX)).await.unwrap_err().field, "delay_ms");
+    assert_eq!(jobs.nack(nack(std::slice::from_ref(&lease), u32::MAX)).await.unwrap_err().field, "delay_ms");
     assert_eq!(jobs.ack(ack(&[lease])).await.unwrap().lost.len(), 1);
     // Groups have a limit; jobs must be there, or nothing is granted and no group made.
     put_jobs(&jobs, 1).await;
