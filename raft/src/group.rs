@@ -15,12 +15,12 @@ use openraft::{
     ReadPolicy, ServerState, async_runtime::watch::WatchReceiver as _, errors::ClientWriteError,
     impls::OneshotResponder, raft::ClientWriteResult,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 
 use crate::{
     host::Raft,
     machine::{Machine, Readable, StateMachine},
-    types::{Applied, CommittedLeaderId, TypeConfig},
+    types::{Applied, CommittedLeaderId, Reply, TypeConfig},
 };
 
 /// Why a proposal has no answer of the state machine.
@@ -94,7 +94,6 @@ impl std::fmt::Debug for Group {
 pub struct Proposal {
     reply: oneshot::Receiver<ClientWriteResult<TypeConfig>>,
     raft: Raft,
-    _permit: OwnedSemaphorePermit,
 }
 
 impl Future for Proposal {
@@ -167,16 +166,16 @@ impl Group {
     /// `Overloaded` and `Stopped` come at once; all others come from the [`Proposal`].
     pub async fn propose(&self, term: Term, batch: Batch) -> Result<Proposal, ProposeError> {
         let size = batch.header.batch_size() as u32;
-        let permit =
+        let share =
             self.inner.uncommitted.clone().try_acquire_many_owned(size).map_err(|_| ProposeError::Overloaded)?;
-        let (responder, reply) = OneshotResponder::new_pair();
+        let (outcome, reply) = oneshot::channel();
         let raft = &self.inner.raft;
         raft.write(batch)
             .with_leader(CommittedLeaderId::new(term.0))
-            .responder(responder)
+            .responder(Reply { outcome, share })
             .await
             .map_err(|fatal| ProposeError::Stopped(fatal.to_string()))?;
-        Ok(Proposal { reply, raft: raft.clone(), _permit: permit })
+        Ok(Proposal { reply, raft: raft.clone() })
     }
 
     /// The state of the replica now.

@@ -194,3 +194,111 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use arqon_proto::{BatchBuilder, Compression, GroupId, NodeId, Record, ReplicaId};
+    use arqon_storage::{Identity, MemoryDisk, Options, Store};
+    use openraft::{EntryPayload, async_runtime::oneshot::Oneshot, impls::TokioRuntime};
+
+    use super::*;
+    use crate::types::CommittedLeaderId;
+
+    fn open(disk: &MemoryDisk) -> (Store, LogStore) {
+        let identity = Identity { cluster: "test".into(), node: NodeId(1) };
+        let store = Store::open_on(Arc::new(disk.clone()), identity, Options::default()).unwrap();
+        let (log, _) = store.open_log(GroupId(1), ReplicaId(1)).unwrap();
+        (store, LogStore::new(log, InstalledSlot::default()))
+    }
+
+    fn entry(index: u64, payload_size: usize) -> Entry {
+        let mut builder = BatchBuilder::new();
+        builder.push(&Record { payload: vec![1; payload_size].into(), ..Default::default() }).unwrap();
+        let batch = builder.build(Compression::None, None);
+        Entry { log_id: LogId::new(CommittedLeaderId::new(1), index), payload: EntryPayload::Normal(batch) }
+    }
+
+    /// Appends and gives the answer that openraft waits for.
+    async fn append(store: &mut LogStore, entries: Vec<Entry>) -> impl Future<Output = io::Result<()>> + use<> {
+        type Channel = <TokioRuntime as openraft::AsyncRuntime>::Oneshot;
+        let (flushed, answer) = <Channel as Oneshot>::channel();
+        RaftLogStorage::append(store, entries, IOFlushed::signal(flushed)).await.unwrap();
+        async { answer.await.unwrap() }
+    }
+
+    /// Returning before would let openraft's watermark of flushed entries pass over appends that
+    /// are still on their way.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_vote_is_a_barrier_behind_everything_appended_before() {
+        let (_guard, mut store) = open(&MemoryDisk::new());
+        let flushed = Arc::new(AtomicUsize::new(0));
+        for round in 0..50 {
+            for at in 0..4 {
+                let batch = into_batch(entry(round * 4 + at, 5_000));
+                let flushed = flushed.clone();
+                let count = move |result: io::Result<()>| {
+                    result.unwrap();
+                    flushed.fetch_add(1, SeqCst);
+                };
+                store.log.append(vec![batch], Box::new(count)).unwrap();
+            }
+            let vote = Vote::new(round + 1, 7);
+            store.save_vote(&vote).await.unwrap();
+            assert_eq!(flushed.load(SeqCst) as u64, (round + 1) * 4);
+            assert_eq!(store.read_vote().await.unwrap(), Some(vote));
+        }
+    }
+
+    #[tokio::test]
+    async fn entries_are_readable_before_they_are_flushed_and_flushes_are_reported_in_order() {
+        let (_guard, mut store) = open(&MemoryDisk::new());
+        let mut answers = Vec::new();
+        for index in 0..20 {
+            answers.push(append(&mut store, vec![entry(index, 100)]).await);
+            let read = store.try_get_log_entries(index..=index).await.unwrap();
+            assert_eq!(read[0].log_id.index(), index);
+        }
+        // The last one durable means that all are.
+        answers.pop().unwrap().await.unwrap();
+        assert_eq!(store.log.flushed().unwrap().index, RaftIndex(19));
+    }
+
+    #[tokio::test]
+    async fn reads_are_bounded_in_bytes_and_never_empty() {
+        let (_guard, mut store) = open(&MemoryDisk::new());
+        let sizes = [300 << 10, 300 << 10, 300 << 10, 300 << 10, 1 << 20, 10];
+        let entries = (0..).zip(sizes).map(|(index, size)| entry(index, size)).collect();
+        append(&mut store, entries).await.await.unwrap();
+        let counts = async |store: &mut LogStore| {
+            let (mut start, mut counts) = (0, Vec::new());
+            while start < 6 {
+                let part = store.limited_get_log_entries(start, 6).await.unwrap();
+                assert_eq!(part[0].log_id.index(), start);
+                start += part.len() as u64;
+                counts.push(part.len());
+            }
+            counts
+        };
+        assert_eq!(counts(&mut store).await, [3, 1, 1, 1]);
+        // Whoever asks for all gets all.
+        assert_eq!(store.try_get_log_entries(..).await.unwrap().len(), 6);
+    }
+
+    /// openraft refuses to start when the committed position lies past the log.
+    #[tokio::test]
+    async fn the_committed_position_never_passes_the_end_of_the_log() {
+        let disk = MemoryDisk::new();
+        let (guard, mut store) = open(&disk.again());
+        append(&mut store, (0..6).map(|index| entry(index, 10)).collect()).await.await.unwrap();
+        store.save_committed(Some(LogId::new(CommittedLeaderId::new(1), 5))).await.unwrap();
+        assert_eq!(store.read_committed().await.unwrap().unwrap().index(), 5);
+        store.truncate_after(Some(LogId::new(CommittedLeaderId::new(1), 2))).await.unwrap();
+        assert_eq!(store.read_committed().await.unwrap().unwrap().index(), 2);
+        drop(store);
+        guard.close().await;
+        let (_guard, mut store) = open(&disk.again());
+        assert_eq!(store.read_committed().await.unwrap().unwrap().index(), 2);
+    }
+}

@@ -7,6 +7,7 @@ use arqon_storage::LogPosition;
 use bytes::Bytes;
 use openraft::{EntryPayload, impls::leader_id_std};
 use prost::Message;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 /// Where a replica lives. Addresses come from the host's directory, so that a node may move
 /// without a membership change.
@@ -44,7 +45,7 @@ impl openraft::RaftTypeConfig for TypeConfig {
     type Entry = openraft::Entry<<Self::LeaderId as openraft::vote::RaftLeaderId>::Committed, Self::Payload>;
     type AsyncRuntime = openraft::impls::TokioRuntime;
     type Responder<T>
-        = openraft::impls::OneshotResponder<Self, T>
+        = Reply<T>
     where
         T: openraft::OptionalSend + 'static;
     type Batch<T>
@@ -52,6 +53,21 @@ impl openraft::RaftTypeConfig for TypeConfig {
     where
         T: openraft::OptionalSend + 'static;
     type ErrorSource = openraft::impls::BoxedErrorSource;
+}
+
+/// Where the outcome of a proposal goes. Carries the proposal's share of the bytes that may wait
+/// to be committed, which openraft gives back with the outcome, whoever still listens.
+pub(crate) struct Reply<T> {
+    pub outcome: oneshot::Sender<T>,
+    pub share: OwnedSemaphorePermit,
+}
+
+impl<T: Send + 'static> openraft::raft::responder::Responder<TypeConfig, T> for Reply<T> {
+    fn on_complete(self, result: T) {
+        drop(self.share);
+        // Whoever proposed may have gone.
+        drop(self.outcome.send(result));
+    }
 }
 
 pub(crate) type LogId = openraft::alias::LogIdOf<TypeConfig>;
