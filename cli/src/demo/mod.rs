@@ -37,7 +37,7 @@ use crate::connect::{self, Control};
 use crate::process::Process;
 use crate::publish::durability_name;
 use crate::signals::StopSignals;
-use crate::{Failure, output};
+use crate::{Failure, health, output};
 
 const NODE_COUNT: u16 = 3;
 const PARTITION_COUNT: u32 = 3;
@@ -272,7 +272,7 @@ fn shim_toml(servers: &str, url: &str) -> String {
     format!(
         "servers = {servers:?}\ntoken_file = \"shim.token\"\noperator_id = \"genesis-distiller-1\"\n\
          operator_type = \"genesis\"\nversion = \"{}\"\njobs_topic = \"{JOBS_TOPIC}\"\n\
-         url = \"{url}/distill\"\nlease_ms = {LEASE_MS}\n",
+         url = \"{url}/distill\"\nlease_ms = {LEASE_MS}\nadmin_listen = \"127.0.0.1:0\"\n",
         env!("CARGO_PKG_VERSION")
     )
 }
@@ -281,7 +281,11 @@ async fn spawn_shim(cluster: &LocalCluster, config: &Path) -> Result<Process, Fa
     let path = config.display().to_string();
     let mut shim =
         Process::spawn("http-shim", &["operator", "http", "--config", &path], &cluster.layout().log("http-shim"))?;
-    shim.ready(READY_TIMEOUT).await?;
+    let ready = shim.ready(READY_TIMEOUT).await?;
+    // Registered and in touch with the worker: held before that, it would wait for the worker's
+    // answer and lease nothing.
+    let admin = ready["admin"].as_str().unwrap_or_default();
+    health::wait_ready(admin, READY_TIMEOUT).await.map_err(Failure::failed)?;
     Ok(shim)
 }
 
