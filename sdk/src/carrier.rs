@@ -1,4 +1,5 @@
-//! The two carriers of frames: a TCP stream, or one binary WebSocket message per frame.
+//! The two carriers of frames, with or without TLS: a TCP stream, or one binary WebSocket message
+//! per frame.
 
 use std::{io::IoSlice, time::Duration};
 
@@ -10,35 +11,36 @@ use futures_util::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{
-        TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
     time::timeout,
 };
+use tokio_rustls::TlsConnector;
 use tokio_tungstenite::{
-    MaybeTlsStream, WebSocketStream, connect_async_with_config,
+    WebSocketStream, client_async_with_config,
     tungstenite::{self, Message, client::IntoClientRequest, http::HeaderValue, protocol::WebSocketConfig},
 };
 use wire::{ErrorCode, frame::Body};
 
-use crate::{Error, Options, options::Address};
+use crate::{
+    Error, Options,
+    options::Address,
+    stream::{Reader, Stream, Writer, is_tls_alert, open, open_halves},
+};
 
 const READ_SIZE: usize = 64 << 10;
 const SLICE_COUNT_MAX: usize = 64;
 const SUBPROTOCOL: &str = "arqonbus.v1";
 
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+type Socket = WebSocketStream<Box<dyn Stream>>;
 
 /// The receiving half of a connection.
 pub(crate) enum FrameReader {
-    Tcp(OwnedReadHalf, BytesMut),
+    Tcp(Reader, BytesMut),
     WebSocket(SplitStream<Socket>),
 }
 
 /// The sending half of a connection.
 pub(crate) enum FrameWriter {
-    Tcp(OwnedWriteHalf),
+    Tcp(Writer),
     WebSocket(SplitSink<Socket, Message>),
 }
 
@@ -69,6 +71,16 @@ impl FrameReader {
                     None => return Err("the server closed it".to_owned()),
                 }
             },
+        }
+    }
+
+    // Why the handshake got no answer.
+    fn explain(&self, reason: String) -> String {
+        match self {
+            Self::Tcp(_, received) if is_tls_alert(received) => {
+                "the server expects a TLS handshake, and no CA to trust is given (ca)".to_owned()
+            }
+            _ => reason,
         }
     }
 }
@@ -112,7 +124,7 @@ fn join(mut pieces: Vec<Bytes>) -> Bytes {
     out.freeze()
 }
 
-async fn write_pieces(stream: &mut OwnedWriteHalf, mut pieces: Vec<Bytes>) -> std::io::Result<()> {
+async fn write_pieces(stream: &mut Writer, mut pieces: Vec<Bytes>) -> std::io::Result<()> {
     let mut first = 0;
     while first < pieces.len() {
         let slices: Vec<IoSlice<'_>> =
@@ -128,7 +140,8 @@ async fn write_pieces(stream: &mut OwnedWriteHalf, mut pieces: Vec<Bytes>) -> st
             first += usize::from(pieces[first].is_empty());
         }
     }
-    Ok(())
+    // TLS may hold back what the socket had no room for.
+    stream.flush().await
 }
 
 /// Connects to `address` and shakes hands.
@@ -138,12 +151,16 @@ async fn write_pieces(stream: &mut OwnedWriteHalf, mut pieces: Vec<Bytes>) -> st
 pub(crate) async fn dial(
     address: &Address,
     options: &Options,
+    tls: Option<&TlsConnector>,
 ) -> Result<(FrameReader, FrameWriter, wire::Welcome), Error> {
     let unreachable = |reason: String| Error::Unreachable { servers: address.to_string(), reason };
     let attempt = async {
         let (mut reader, mut writer) = match address {
-            Address::Tcp(host) => open_tcp(host).await.map_err(unreachable)?,
-            Address::WebSocket(url) => open_websocket(url, options).await?,
+            Address::Tcp(host) => {
+                let (reader, writer) = open_halves(host, tls).await.map_err(unreachable)?;
+                (FrameReader::Tcp(reader, BytesMut::new()), FrameWriter::Tcp(writer))
+            }
+            Address::WebSocket(url) => open_websocket(url, options, tls).await?,
         };
         let hello = wire::Hello {
             version: 1,
@@ -155,7 +172,7 @@ pub(crate) async fn dial(
         let frame = wire::Frame { request_id: 0, body: Some(Body::Hello(hello)) };
         let frame = encode_frame(&frame, 0).map_err(|_| Error::invalid("token", "is too long"))?;
         writer.write(vec![vec![frame]]).await.map_err(unreachable)?;
-        let answer = reader.next().await.map_err(unreachable)?;
+        let answer = reader.next().await.map_err(|reason| unreachable(reader.explain(reason)))?;
         let (answer, _) = decode_frame::<wire::Frame>(answer)
             .map_err(|source| Error::BadData { server: address.to_string(), source })?;
         match answer.body {
@@ -173,14 +190,11 @@ fn seconds(time: Duration) -> String {
     format!("{} s", time.as_secs_f32())
 }
 
-async fn open_tcp(host: &str) -> Result<(FrameReader, FrameWriter), String> {
-    let stream = TcpStream::connect(host).await.map_err(|error| error.to_string())?;
-    stream.set_nodelay(true).map_err(|error| error.to_string())?;
-    let (read, write) = stream.into_split();
-    Ok((FrameReader::Tcp(read, BytesMut::new()), FrameWriter::Tcp(write)))
-}
-
-async fn open_websocket(url: &str, options: &Options) -> Result<(FrameReader, FrameWriter), Error> {
+async fn open_websocket(
+    url: &str,
+    options: &Options,
+    tls: Option<&TlsConnector>,
+) -> Result<(FrameReader, FrameWriter), Error> {
     let unreachable = |reason: String| Error::Unreachable { servers: url.to_owned(), reason };
     let mut request = url.into_client_request().map_err(|error| Error::invalid("servers", error.to_string()))?;
     let bearer = HeaderValue::from_str(&format!("Bearer {}", options.token))
@@ -190,7 +204,11 @@ async fn open_websocket(url: &str, options: &Options) -> Result<(FrameReader, Fr
     let config = WebSocketConfig::default()
         .max_message_size(Some(limits::FRAME_SIZE_MAX))
         .max_frame_size(Some(limits::FRAME_SIZE_MAX));
-    match connect_async_with_config(request, Some(config), true).await {
+    let tls = tls.filter(|_| request.uri().scheme_str() == Some("wss"));
+    let is_secure = tls.is_some();
+    let host = request.uri().authority().map(ToString::to_string).unwrap_or_default();
+    let stream = open(&host, tls).await.map_err(unreachable)?;
+    match client_async_with_config(request, stream, Some(config)).await {
         Ok((socket, _)) => {
             let (sink, stream) = socket.split();
             Ok((FrameReader::WebSocket(stream), FrameWriter::WebSocket(sink)))
@@ -204,6 +222,10 @@ async fn open_websocket(url: &str, options: &Options) -> Result<(FrameReader, Fr
                 403 => Err(Error::server(ErrorCode::AuthorizationDenied, reason)),
                 _ => Err(unreachable(format!("refused with {status}: {reason}"))),
             }
+        }
+        // A server that expects TLS answers with bytes that are not HTTP.
+        Err(tungstenite::Error::Protocol(_) | tungstenite::Error::HttpFormat(_)) if !is_secure => {
+            Err(unreachable("it does not speak HTTP; it may expect a TLS handshake (wss://)".to_owned()))
         }
         Err(error) => Err(unreachable(error.to_string())),
     }

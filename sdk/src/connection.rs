@@ -24,6 +24,7 @@ use tokio::{
     task::AbortHandle,
     time::{Instant, timeout, timeout_at},
 };
+use tokio_rustls::TlsConnector;
 use wire::frame::Body;
 
 use crate::{
@@ -76,8 +77,8 @@ pub(crate) enum StartError {
 
 impl Connection {
     /// Dials `address`, shakes hands and starts the connection's tasks.
-    pub(crate) async fn open(address: &Address, options: &Options) -> Result<Self, Error> {
-        let (reader, writer, welcome) = dial(address, options).await?;
+    pub(crate) async fn open(address: &Address, options: &Options, tls: Option<&TlsConnector>) -> Result<Self, Error> {
+        let (reader, writer, welcome) = dial(address, options, tls).await?;
         let (outgoing, queue) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             address: address.clone(),

@@ -43,6 +43,7 @@ mod options;
 mod producer;
 mod retry;
 mod router;
+mod stream;
 mod worker;
 
 pub use arqon_proto::{Compression, EventType, wire, wire::Durability, wire::frame};

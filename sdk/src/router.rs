@@ -14,6 +14,7 @@ use tokio::{
     sync::OnceCell,
     time::{Instant, sleep, timeout_at},
 };
+use tokio_rustls::TlsConnector;
 use wire::{ErrorCode, frame::Body};
 
 use crate::{
@@ -40,6 +41,7 @@ pub(crate) enum Target {
 /// Shared by everything that a client does.
 pub(crate) struct Router {
     pub(crate) options: Options,
+    tls: Option<TlsConnector>,
     seeds: Vec<Address>,
     connections: Mutex<HashMap<Address, Arc<OnceCell<Arc<Connection>>>>>,
     failures: Mutex<HashMap<Address, Failure>>,
@@ -69,10 +71,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Router {
     pub(crate) fn new(options: Options) -> Result<Self, Error> {
         let seeds = options.addresses()?;
+        let tls = options.connector()?;
         // Many clients with the same list must not all lean on its first server.
         let preferred = AtomicUsize::new(rand::random_range(0..seeds.len()));
         Ok(Self {
             options,
+            tls,
             seeds,
             connections: Mutex::default(),
             failures: Mutex::default(),
@@ -119,7 +123,7 @@ impl Router {
         {
             return Err(failure.error.clone());
         }
-        match Connection::open(address, &self.options).await {
+        match Connection::open(address, &self.options, self.tls.as_ref()).await {
             Ok(connection) => {
                 lock(&self.failures).remove(address);
                 *lock(&self.tenant) = connection.welcome().tenant.as_str().into();

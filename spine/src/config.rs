@@ -23,6 +23,11 @@
 //! [[auth.keys]]
 //! algorithm = "EdDSA"
 //! public_key_file = "token.pub.pem"
+//!
+//! [tls]                                 # optional: TLS on the client, peer and control ports
+//! certificate_file = "node.pem"
+//! key_file = "node.key.pem"
+//! ca_file = "ca.pem"
 //! ```
 
 use std::{
@@ -34,6 +39,8 @@ use std::{
 
 use arqon_proto::{AUDIENCE_DEFAULT, NodeId, TokenAlgorithm, TokenKey, Verifier, check_tenant, wire};
 use serde::{Deserialize, Serialize};
+
+use crate::tls::Tls;
 
 /// Shortest cluster secret, in bytes.
 pub const CLUSTER_SECRET_SIZE_MIN: usize = 32;
@@ -77,7 +84,8 @@ pub struct Config {
     pub cluster: String,
     /// The data directory.
     pub data: PathBuf,
-    /// Accepts a missing or known cluster secret, and addresses that are open to the network.
+    /// Accepts a missing or known cluster secret, and addresses that are open to the network
+    /// without TLS.
     #[serde(default)]
     pub dev: bool,
     /// What nodes prove to each other that they hold, at least 32 bytes.
@@ -91,6 +99,9 @@ pub struct Config {
     pub listen: Listen,
     /// Who may be a client.
     pub auth: Auth,
+    /// Certificates; without them the ports speak plain TCP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<Tls>,
     /// How the log is written.
     #[serde(default)]
     pub storage: Storage,
@@ -229,6 +240,7 @@ impl Config {
         let folder = path.parent().unwrap_or(Path::new(""));
         config.data = folder.join(&config.data);
         config.cluster_secret_file = config.cluster_secret_file.map(|file| folder.join(file));
+        config.tls = config.tls.map(|tls| tls.below(folder));
         for key in &mut config.auth.keys {
             key.public_key_file = folder.join(&key.public_key_file);
         }
@@ -287,16 +299,19 @@ impl Config {
     /// The addresses to listen on.
     ///
     /// # Errors
-    /// One that is no `ip:port`, is used twice, or is open to the network outside dev mode.
+    /// One that is no `ip:port`, is used twice, or is open to the network without TLS outside
+    /// dev mode.
     pub fn listen_addresses(&self) -> Result<ListenAddresses, ConfigError> {
         let mut seen = HashSet::new();
         let mut read = |key: &str, text: &str| {
+            let is_secure = self.tls.is_some() && key != "admin";
+            let remedy = if key == "admin" { "only with dev = true" } else { "give [tls]" };
             let key = format!("listen.{key}");
             let Ok(address) = text.parse::<SocketAddr>() else {
                 return refuse(key, format!("{text:?} is not an ip:port"));
             };
-            if !self.dev && !address.ip().is_loopback() {
-                return refuse(key, format!("{address} is open to the network without TLS; only with dev = true"));
+            if !self.dev && !is_secure && !address.ip().is_loopback() {
+                return refuse(key, format!("{address} is open to the network without TLS; {remedy}"));
             }
             if address.port() != 0 && !seen.insert(address) {
                 return refuse(key, format!("{address} is used twice"));
@@ -518,6 +533,46 @@ public_key_file = "k.pem"
         let open = open.replace("cluster_secret = \"0123456789abcdef0123456789abcdef\"", "");
         assert_eq!(Config::parse(&open).unwrap().secret().unwrap(), DEV_SECRET.as_bytes());
         assert!(Config::parse(&open.replace("dev = true", "")).is_err());
+    }
+
+    #[test]
+    fn tls_opens_every_port_but_admin() {
+        let tls = "[tls]\ncertificate_file = \"c\"\nkey_file = \"k\"\nca_file = \"ca\"\n";
+        let open = "[listen]\nclient = \"0.0.0.0:1\"\npeer = \"0.0.0.0:2\"\ncontrol = \"0.0.0.0:3\"\n";
+        Config::parse(&format!("{GOOD}{open}{tls}")).unwrap();
+        let error = Config::parse(&format!("{GOOD}{open}")).unwrap_err().to_string();
+        assert_eq!(error, "listen.client: 0.0.0.0:1 is open to the network without TLS; give [tls]");
+        let error = Config::parse(&format!("{GOOD}{open}admin = \"0.0.0.0:4\"\n{tls}")).unwrap_err();
+        assert_eq!(error.key, "listen.admin");
+    }
+
+    #[test]
+    fn certificates_are_named_when_they_cannot_be_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let tls = "[tls]\ncertificate_file = \"c.pem\"\nkey_file = \"k.pem\"\nca_file = \"ca.pem\"\n";
+        write("node.toml", &format!("{GOOD}{tls}"));
+        let tls = Config::load(&folder.path().join("node.toml")).unwrap().tls.unwrap();
+        let refused = || tls.load().err().map(|error| error.to_string()).unwrap_or_default();
+        let names = |key: &str, file: &str| {
+            let path = folder.path().join(file);
+            assert!(refused().starts_with(&format!("{key}: {}: ", path.display())), "{}", refused());
+        };
+        let (own, other) = (rcgen::KeyPair::generate().unwrap(), rcgen::KeyPair::generate().unwrap());
+        let certificate = rcgen::CertificateParams::new(vec!["a".to_owned()]).unwrap().self_signed(&own).unwrap();
+        names("tls.certificate_file", "c.pem");
+        write("c.pem", &certificate.pem());
+        names("tls.key_file", "k.pem");
+        write("k.pem", "no key");
+        names("tls.ca_file", "ca.pem");
+        write("ca.pem", "no certificate");
+        names("tls.key_file", "k.pem");
+        write("k.pem", &other.serialize_pem());
+        names("tls.certificate_file", "c.pem");
+        write("k.pem", &own.serialize_pem());
+        names("tls.ca_file", "ca.pem");
+        write("ca.pem", &certificate.pem());
+        assert_eq!(refused(), "");
     }
 
     #[test]

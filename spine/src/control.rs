@@ -27,8 +27,8 @@ struct Control {
     broker: Arc<Broker>,
 }
 
-/// Serves until the node stops.
-pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener) {
+/// Serves on what `server` has set up, TLS or none, until the node stops.
+pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener, server: Server) {
     let mut stopping = broker.stopping.subscribe();
     let stopped = async move {
         stopping.wait_for(|stopping| *stopping).await.ok();
@@ -39,7 +39,7 @@ pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener) {
         .build_v1()
         .inspect_err(|error| tracing::error!(%error, "no reflection on the control port"))
         .ok();
-    let served = Server::builder()
+    let served = server
         .timeout(REQUEST_PATIENCE)
         .max_concurrent_streams(REQUEST_COUNT_MAX)
         .http2_keepalive_interval(Some(REQUEST_PATIENCE))

@@ -14,7 +14,7 @@
 //!                  state/     (pure: de-duplication and queues)
 //! ```
 //!
-//! A node is started from a [`Config`] with [`Node::start`]. Nothing here knows openraft or
+//! [`Tls`] puts certificates under the first two and the last. A node is started from a [`Config`] with [`Node::start`]. Nothing here knows openraft or
 //! files: that is `arqon_raft` and `arqon_storage`.
 
 mod admin;
@@ -31,9 +31,11 @@ mod partition;
 mod replicas;
 mod session;
 mod state;
+mod tls;
 
 pub use config::{
     Auth, AuthKey, Backend, CLUSTER_SECRET_SIZE_MIN, Config, ConfigError, Listen, ListenAddresses, Log, Peer, Secret,
     Storage,
 };
 pub use node::{Listeners, Node, StartError};
+pub use tls::Tls;

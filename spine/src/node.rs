@@ -16,6 +16,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
+use tonic::transport::Server;
 
 use crate::{
     admin,
@@ -29,6 +30,7 @@ use crate::{
     partition::Partition,
     replicas::Replicas,
     session,
+    tls::Tls,
 };
 
 /// How long each step of a shutdown may take.
@@ -138,6 +140,11 @@ impl Node {
     pub async fn start_on(config: Config, listeners: Listeners) -> Result<Self, StartError> {
         config.check()?;
         let (secret, verifier) = (config.secret()?, config.verifier()?);
+        let tls = config.tls.as_ref().map(Tls::load).transpose()?;
+        let (client_tls, peer_tls, control_server) = match tls {
+            Some(tls) => (Some(tls.client), Some(tls.peer), tls.control),
+            None => (None, None, Server::builder()),
+        };
         let listen = config.listen_addresses()?;
         let refused = |source| StartError::Listen { key: "client", address: listen.client, source };
         let addresses = listeners.addresses().map_err(refused)?;
@@ -159,7 +166,8 @@ impl Node {
 
         let nodes = config.nodes(&addresses);
         let cluster = config.cluster.clone();
-        let host = Host::start(HostOptions { node, cluster, secret, tls: None, peer_listener: peer }, store.clone());
+        let options = HostOptions { node, cluster, secret, tls: peer_tls, peer_listener: peer };
+        let host = Host::start(options, store.clone());
         host.set_peers(nodes.iter().map(|info| (info.node.into(), info.peer_address.clone())));
         let metadata = match MetadataGroup::open(&host, node, &nodes).await {
             Ok(metadata) => metadata,
@@ -187,8 +195,8 @@ impl Node {
         answer_forwards(&broker);
         let tasks = start_tasks(&broker);
         let edges = vec![
-            tokio::spawn(session::serve(broker.clone(), client)),
-            tokio::spawn(control::serve(broker.clone(), control_port)),
+            tokio::spawn(session::serve(broker.clone(), client, client_tls)),
+            tokio::spawn(control::serve(broker.clone(), control_port, control_server)),
             tokio::spawn(admin::serve(broker.clone(), admin_port)),
         ];
         Ok(Self { broker, addresses, edges, tasks })

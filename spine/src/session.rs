@@ -1,4 +1,4 @@
-//! The client port: frames over TCP.
+//! The client port: frames over TCP, with or without TLS.
 //!
 //! ```text
 //!   accept -> handshake -> reader loop --produce--> Partition::submit, in order
@@ -17,15 +17,16 @@ mod reader;
 mod requests;
 mod writer;
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use arqon_proto::{Session, TOKEN_SIZE_MAX, encode_frame, limits, wire};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
+use tokio_rustls::TlsAcceptor;
 use wire::{ErrorCode, frame::Body};
 
 use crate::{
@@ -33,9 +34,9 @@ use crate::{
     clock,
     error::{error, invalid},
 };
-use reader::{FrameReader, ReadError};
+use reader::{FrameReader, ReadError, Reader};
 use requests::Requests;
-use writer::Outgoing;
+use writer::{Outgoing, Writer};
 
 /// The one version of the client protocol.
 const PROTOCOL_VERSION: u32 = 1;
@@ -53,7 +54,7 @@ const HANDSHAKE_PATIENCE: Duration = Duration::from_millis(limits::HANDSHAKE_MS_
 const SESSION_LENGTH_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Accepts clients until the node stops, then waits for their sessions to drain.
-pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener) {
+pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener, tls: Option<TlsAcceptor>) {
     let slots = Arc::new(Semaphore::new(limits::CONNECTION_COUNT_MAX));
     let mut stopping = broker.stopping.subscribe();
     let mut sessions = JoinSet::new();
@@ -77,10 +78,10 @@ pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener) {
             // Closed without a word: words would cost what has run out.
             continue;
         };
-        let broker = broker.clone();
+        let (broker, tls) = (broker.clone(), tls.clone());
         sessions.spawn(async move {
             broker.metrics.connections.inc();
-            let end = run(&broker, stream).await;
+            let end = run(&broker, stream, tls.as_ref()).await;
             broker.metrics.connections.dec();
             tracing::debug!(%from, end, "client session ended");
             drop(slot);
@@ -91,13 +92,19 @@ pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener) {
 }
 
 // Why the session ended is for the log alone.
-async fn run(broker: &Arc<Broker>, stream: TcpStream) -> &'static str {
-    if stream.set_nodelay(true).is_err() {
-        return "the client is gone";
-    }
-    let (read_half, mut write_half) = stream.into_split();
+async fn run(broker: &Arc<Broker>, stream: TcpStream, tls: Option<&TlsAcceptor>) -> &'static str {
+    let deadline = Instant::now() + HANDSHAKE_PATIENCE;
+    let (read_half, mut write_half) = match timeout_at(deadline, halves(stream, tls)).await {
+        Ok(Ok(halves)) => halves,
+        Ok(Err(error)) => {
+            broker.metrics.refused_handshakes.inc();
+            tracing::debug!(%error, "no TLS with a client");
+            return "no TLS handshake";
+        }
+        Err(_) => return "no handshake in time",
+    };
     let mut reader = FrameReader::new(read_half);
-    let greeted = timeout(HANDSHAKE_PATIENCE, handshake(broker, &mut reader)).await;
+    let greeted = timeout_at(deadline, handshake(broker, &mut reader)).await;
     let (session, hello) = match greeted {
         Ok(Ok(greeted)) => greeted,
         Ok(Err(refused)) => {
@@ -128,6 +135,16 @@ async fn run(broker: &Arc<Broker>, stream: TcpStream) -> &'static str {
         abort.abort();
     }
     end
+}
+
+async fn halves(stream: TcpStream, tls: Option<&TlsAcceptor>) -> io::Result<(Reader, Writer)> {
+    stream.set_nodelay(true)?;
+    let Some(tls) = tls else {
+        let (reader, writer) = stream.into_split();
+        return Ok((Box::new(reader), Box::new(writer)));
+    };
+    let (reader, writer) = tokio::io::split(tls.accept(stream).await?);
+    Ok((Box::new(reader), Box::new(writer)))
 }
 
 async fn send(answers: &mpsc::Sender<Outgoing>, request_id: u64, body: Body) -> bool {

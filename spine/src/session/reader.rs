@@ -1,8 +1,8 @@
-//! Frames off a TCP stream. Bodies share the buffer that they were received in.
+//! Frames off a stream. Bodies share the buffer that they were received in.
 
 use arqon_proto::{DecodeError, FRAME_PREFIX_SIZE, decode_frame, frame_size, wire};
 use bytes::{Bytes, BytesMut};
-use tokio::{io::AsyncReadExt, net::tcp::OwnedReadHalf};
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::error::invalid;
 
@@ -27,13 +27,16 @@ impl ReadError {
     }
 }
 
+/// The receiving half of a connection, with or without TLS.
+pub(super) type Reader = Box<dyn AsyncRead + Send + Unpin>;
+
 pub(super) struct FrameReader {
-    stream: OwnedReadHalf,
+    stream: Reader,
     buffer: BytesMut,
 }
 
 impl FrameReader {
-    pub(super) fn new(stream: OwnedReadHalf) -> Self {
+    pub(super) fn new(stream: Reader) -> Self {
         Self { stream, buffer: BytesMut::new() }
     }
 

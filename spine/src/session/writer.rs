@@ -1,12 +1,11 @@
-//! Answers onto a TCP stream: all that wait go out together, records without being copied.
+//! Answers onto a stream: all that wait go out together, records without being copied.
 
 use std::{io, io::IoSlice, ops::Range, sync::Arc, time::Duration};
 
 use arqon_proto::{Batch, encode_frame, wire};
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::{
-    io::AsyncWriteExt,
-    net::tcp::OwnedWriteHalf,
+    io::{AsyncWrite, AsyncWriteExt},
     sync::{OwnedSemaphorePermit, mpsc},
     time::timeout,
 };
@@ -22,6 +21,9 @@ const GATHER_COUNT_MAX: usize = 128;
 const SLICE_COUNT_MAX: usize = 64;
 /// Pieces below this size are cheaper to copy than to name, in bytes.
 const COPY_SIZE_MAX: usize = 2 << 10;
+
+/// The sending half of a connection, with or without TLS.
+pub(super) type Writer = Box<dyn AsyncWrite + Send + Unpin>;
 
 /// One answer, with what it holds until it is sent.
 pub(super) struct Outgoing {
@@ -88,7 +90,7 @@ impl Pieces {
         }
     }
 
-    async fn write(&self, stream: &mut OwnedWriteHalf) -> io::Result<usize> {
+    async fn write(&self, stream: &mut Writer) -> io::Result<usize> {
         let mut slices: Vec<IoSlice<'_>> = self.pieces.iter().map(|piece| IoSlice::new(self.bytes(piece))).collect();
         let size = slices.iter().map(|slice| slice.len()).sum();
         let mut rest = slices.as_mut_slice();
@@ -103,12 +105,16 @@ impl Pieces {
             }
             IoSlice::advance_slices(&mut rest, written);
         }
-        Ok(size)
+        // TLS may hold back what the socket had no room for.
+        match timeout(WRITE_PATIENCE, stream.flush()).await {
+            Ok(flushed) => flushed.map(|()| size),
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
     }
 }
 
 /// Writes answers until all senders are gone or the client is.
-pub(super) async fn run(mut stream: OwnedWriteHalf, mut queue: mpsc::Receiver<Outgoing>, metrics: Arc<Metrics>) {
+pub(super) async fn run(mut stream: Writer, mut queue: mpsc::Receiver<Outgoing>, metrics: Arc<Metrics>) {
     let mut waiting = Vec::with_capacity(GATHER_COUNT_MAX);
     let mut pieces = Pieces::default();
     while queue.recv_many(&mut waiting, GATHER_COUNT_MAX).await > 0 {
@@ -132,7 +138,7 @@ pub(super) async fn run(mut stream: OwnedWriteHalf, mut queue: mpsc::Receiver<Ou
 }
 
 /// Writes one error to a client that has no session.
-pub(super) async fn write_error(stream: &mut OwnedWriteHalf, request_id: u64, error: wire::Error) -> io::Result<()> {
+pub(super) async fn write_error(stream: &mut Writer, request_id: u64, error: wire::Error) -> io::Result<()> {
     let frame = wire::Frame { request_id, body: Some(Body::Error(error)) };
     let head = encode_frame(&frame, 0).map_err(io::Error::other)?;
     stream.write_all(&head).await?;

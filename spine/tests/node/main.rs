@@ -3,3 +3,4 @@
 mod one_node;
 mod support;
 mod three_nodes;
+mod tls;

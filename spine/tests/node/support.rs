@@ -1,13 +1,13 @@
 //! A cluster in this process, and a client that speaks raw frames.
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::Path, time::Duration};
 
 use arqon_proto::{
     Batch, BatchBuilder, Claims, Compression, ProducerStamp, Record, TokenAlgorithm, TokenKeyPair, TokenSigner,
     decode_frame, encode_frame, frame_size, wire,
 };
-use arqon_spine::{Auth, AuthKey, Config, Listen, ListenAddresses, Listeners, Log, Node, Peer, Secret, Storage};
+use arqon_spine::{Auth, AuthKey, Config, Listen, ListenAddresses, Listeners, Log, Node, Peer, Secret, Storage, Tls};
 use bytes::{Bytes, BytesMut};
 use tempfile::TempDir;
 use tokio::{
@@ -15,6 +15,7 @@ use tokio::{
     net::TcpStream,
     time::{Instant, sleep, timeout},
 };
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 use wire::{control_client::ControlClient, frame::Body};
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,16 +25,59 @@ pub struct Cluster {
     pub configs: Vec<Config>,
     pub addresses: Vec<ListenAddresses>,
     pub signer: TokenSigner,
+    /// With TLS: what clients must trust, PEM.
+    pub ca: Option<Vec<u8>>,
     _folder: TempDir,
+}
+
+/// A CA, and a certificate of it with its key for 127.0.0.1; all PEM.
+pub struct Certificates {
+    pub ca: String,
+    pub certificate: String,
+    pub key: String,
+}
+
+impl Certificates {
+    pub fn generate() -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let ca = params.self_signed(&key).unwrap().pem();
+        let issuer = rcgen::Issuer::new(params, key);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        Self { ca, certificate: params.signed_by(&key, &issuer).unwrap().pem(), key: key.serialize_pem() }
+    }
+
+    /// The files `NAME.pem`, `NAME.key.pem` and `NAME.ca.pem`.
+    pub fn write(&self, folder: &Path, name: &str) -> Tls {
+        let write = |suffix: &str, text: &str| {
+            let path = folder.join(format!("{name}{suffix}.pem"));
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        Tls {
+            certificate_file: write("", &self.certificate),
+            key_file: write(".key", &self.key),
+            ca_file: write(".ca", &self.ca),
+        }
+    }
 }
 
 impl Cluster {
     /// Starts `count` nodes and waits until all are ready.
     pub async fn start(count: u64) -> Self {
+        Self::start_with(count, None).await
+    }
+
+    /// The same, with TLS on all ports but the admin's.
+    pub async fn start_with(count: u64, certificates: Option<&Certificates>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let pair = TokenKeyPair::generate().unwrap();
         let public_key_file = folder.path().join("token.pem");
         std::fs::write(&public_key_file, &pair.public_key_pem).unwrap();
+        let tls = certificates.map(|certificates| certificates.write(folder.path(), "node"));
+        let ca = certificates.map(|certificates| certificates.ca.clone().into_bytes());
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
         let any = ListenAddresses { client: any, peer: any, control: any, admin: any };
         let bound: Vec<Listeners> = (0..count).map(|_| Listeners::bind(&any).unwrap()).collect();
@@ -66,6 +110,7 @@ impl Cluster {
                     public_key_file: public_key_file.clone(),
                 }],
             },
+            tls: tls.clone(),
             storage: Storage::default(),
             log: Log::default(),
             peers: peers.clone(),
@@ -76,7 +121,7 @@ impl Cluster {
             nodes.push(Some(Node::start_on(config.clone(), bound).await.unwrap()));
         }
         let signer = TokenSigner::from_pem(TokenAlgorithm::EdDSA, None, pair.private_key_pem.as_bytes()).unwrap();
-        let cluster = Self { nodes, configs, addresses, signer, _folder: folder };
+        let cluster = Self { nodes, configs, addresses, signer, ca, _folder: folder };
         cluster.wait_ready().await;
         cluster
     }
@@ -128,7 +173,14 @@ impl Cluster {
     }
 
     pub async fn control(&self, index: usize) -> ControlClient<tonic::transport::Channel> {
-        ControlClient::connect(format!("http://{}", self.addresses[index].control)).await.unwrap()
+        let address = self.addresses[index].control;
+        let endpoint = match &self.ca {
+            Some(ca) => Endpoint::from_shared(format!("https://{address}"))
+                .unwrap()
+                .tls_config(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca))),
+            None => Endpoint::from_shared(format!("http://{address}")),
+        };
+        ControlClient::new(endpoint.unwrap().connect().await.unwrap())
     }
 
     pub async fn create(
