@@ -11,7 +11,7 @@
 //!   produce.rs    check a batch, its tokens, its answer      error.rs      wire errors
 //!   submit.rs     one task: check, admit, propose, in order  deadlines.rs  what is due when
 //!   fetch.rs      reads and long-polls                       grants.rs     which jobs to whom
-//!   queue.rs      requests of workers, merged into entries   dead.rs       jobs without attempts left
+//!   queue/        requests of workers, merged into entries   dead.rs       jobs without attempts left
 //! ```
 //!
 //! Only this module waits and reads clocks; what a command means is decided in `state/`.

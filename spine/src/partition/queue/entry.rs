@@ -1,0 +1,177 @@
+//! One control entry out of all that waits: what workers settle, what ran out, and new grants.
+
+use std::collections::BTreeMap;
+
+use arqon_proto::{wire, wire::queue_command::Command};
+use arqon_raft::{Applied, ProposeError};
+use futures_util::{FutureExt, future::BoxFuture};
+use tokio::time::Instant;
+
+use super::{
+    Lead,
+    clock::Clock,
+    lines::Lines,
+    requests::{Settle, SettleKind, Waiting},
+};
+use crate::{
+    partition::grants::{Granted, Grants},
+    state::{Queue, ranges_of},
+};
+
+/// Ranges in one control entry, beyond which the rest goes into the next one.
+const ENTRY_RANGE_COUNT_MAX: usize = 20_000;
+
+/// Whom one command of the entry in flight belongs to.
+pub(super) enum Part {
+    Own,
+    Settle { settle: Settle, lost: Vec<wire::LeaseRef> },
+    Grant { waiting: Waiting, granted: Granted },
+}
+
+impl Part {
+    pub(super) fn refuse(self, cause: wire::Error) {
+        match self {
+            Self::Own => {}
+            Self::Settle { settle, .. } => drop(settle.reply.send(Err(cause))),
+            Self::Grant { waiting, .. } => waiting.refuse(cause),
+        }
+    }
+}
+
+/// A control entry in the making.
+#[derive(Default)]
+struct Entry {
+    record: wire::ControlRecord,
+    parts: Vec<Part>,
+    range_count: usize,
+}
+
+impl Entry {
+    fn put(&mut self, group: &str, command: Command, part: Part) {
+        self.range_count += ranges_in(&command).len();
+        self.record.queue.push(wire::QueueCommand { group: group.to_owned(), command: Some(command) });
+        self.parts.push(part);
+    }
+
+    /// One more command may go over the limit by what one command holds at most.
+    fn has_room(&self) -> bool {
+        self.range_count < ENTRY_RANGE_COUNT_MAX
+    }
+}
+
+/// An entry that was proposed, until its outcome is known.
+pub(super) struct Flight {
+    pub(super) record: wire::ControlRecord,
+    pub(super) parts: Vec<Part>,
+    pub(super) outcome: BoxFuture<'static, Result<Applied, ProposeError>>,
+}
+
+impl Lead<'_> {
+    /// Puts everything that waits into one entry and proposes it, if there is anything.
+    pub(super) fn build(&mut self, now: Instant) {
+        let mut entry = Entry::default();
+        while entry.has_room()
+            && let Some(settle) = self.settling.pop_front()
+        {
+            self.put_settle(settle, &mut entry);
+        }
+        self.put_expired(now, &mut entry);
+        self.put_buried(&mut entry);
+        self.put_grants(&mut entry);
+        let Entry { record, parts, .. } = entry;
+        if !parts.is_empty() {
+            let outcome = self.propose(record.clone()).boxed();
+            self.flight = Some(Flight { record, parts, outcome });
+        }
+    }
+
+    fn put_expired(&mut self, now: Instant, entry: &mut Entry) {
+        let shared = self.replica.machine.lock();
+        for (group, clock) in &mut self.clocks {
+            if !entry.has_room() {
+                return;
+            }
+            let leases = shared.state.queue(group).map(Queue::leases);
+            let due: Vec<_> = clock.leases.due(now).take(ENTRY_RANGE_COUNT_MAX).collect();
+            let mut expired = BTreeMap::new();
+            for offset in due {
+                match leases.and_then(|leases| leases.get(&offset)) {
+                    Some(lease) => drop(expired.insert(offset, lease.attempt)),
+                    None => clock.leases.remove(offset),
+                }
+            }
+            if !expired.is_empty() {
+                let command = Command::Expire(wire::QueueExpire { ranges: ranges_of(expired) });
+                entry.put(group, command, Part::Own);
+            }
+        }
+    }
+
+    fn put_buried(&self, entry: &mut Entry) {
+        let mut buried: BTreeMap<&str, BTreeMap<u64, u32>> = BTreeMap::new();
+        for job in &self.burials.buried {
+            buried.entry(&job.group).or_default().insert(job.offset, job.attempt);
+        }
+        for (group, jobs) in buried {
+            entry.put(group, Command::Bury(wire::QueueBury { ranges: ranges_of(jobs) }), Part::Own);
+        }
+    }
+
+    fn put_grants(&mut self, entry: &mut Entry) {
+        if self.lines.count() == 0 || !entry.has_room() {
+            return;
+        }
+        let mut grants = Grants::new(self.replica);
+        let no_clock = Clock::default();
+        let Lines { by_group, polls, group_of, .. } = &mut self.lines;
+        for (group, line) in by_group.iter_mut() {
+            let clock = self.clocks.get(group).unwrap_or(&no_clock);
+            for (ticket, waiting, granted) in grants.of_group(group, line, &clock.ready) {
+                polls.remove(ticket);
+                group_of.remove(&ticket);
+                match granted {
+                    Ok(granted) => {
+                        let command = Command::Grant(granted.command(&waiting.holder));
+                        entry.put(group, command, Part::Grant { waiting, granted });
+                    }
+                    Err(cause) => waiting.refuse(cause),
+                }
+            }
+        }
+        by_group.retain(|_, line| !line.is_empty());
+    }
+
+    /// Puts the leases that are still held into the entry; answers at once when none is.
+    fn put_settle(&self, settle: Settle, entry: &mut Entry) {
+        let (held, lost): (Vec<_>, Vec<_>) = {
+            let shared = self.replica.machine.lock();
+            let queue = shared.state.queue(&settle.group);
+            let is_held =
+                |lease: &wire::LeaseRef| queue.is_some_and(|queue| queue.is_leased(lease.offset, lease.attempt));
+            settle.leases.iter().copied().partition(is_held)
+        };
+        if held.is_empty() {
+            let _ = settle.reply.send(Ok(wire::Settled { lost }));
+            return;
+        }
+        let ranges = ranges_of(held.iter().map(|lease| (lease.offset, lease.attempt)));
+        let command = match settle.kind {
+            SettleKind::Ack => Command::Ack(wire::QueueAck { ranges }),
+            SettleKind::Nack { delay_ms } => Command::Nack(wire::QueueNack { ranges, delay_ms }),
+            SettleKind::Renew => Command::Renew(wire::QueueRenew { ranges }),
+        };
+        let group = settle.group.clone();
+        entry.put(&group, command, Part::Settle { settle, lost });
+    }
+}
+
+pub(super) fn ranges_in(command: &Command) -> &[wire::OffsetRange] {
+    match command {
+        Command::Grant(grant) => &grant.ranges,
+        Command::Ack(ack) => &ack.ranges,
+        Command::Nack(nack) => &nack.ranges,
+        Command::Renew(renew) => &renew.ranges,
+        Command::Expire(expire) => &expire.ranges,
+        Command::Bury(bury) => &bury.ranges,
+    }
+}
