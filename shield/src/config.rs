@@ -11,6 +11,11 @@
 //! algorithm = "EdDSA"
 //! public_key_file = "token.pub.pem"     # relative paths: from the folder of this file
 //!
+//! [tls]                                 # all optional
+//! certificate_file = "shield.pem"       # with key_file: clients connect with wss://
+//! key_file = "shield.key.pem"
+//! ca_file = "ca.pem"                    # speak TLS with the brokers
+//!
 //! [limits]                              # all optional
 //! connections = 10000
 //! ```
@@ -23,6 +28,8 @@ use std::{
 
 use arqon_proto::{AUDIENCE_DEFAULT, TokenAlgorithm, TokenKey, Verifier, limits};
 use serde::{Deserialize, Serialize};
+
+use crate::Tls;
 
 /// Why a configuration is refused: one line that names the key.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,11 +57,14 @@ pub struct Config {
     pub admin: String,
     /// Client addresses of brokers, `host:port`.
     pub servers: Vec<String>,
-    /// Accepts addresses that are open to the network.
+    /// Accepts addresses that are open to the network without TLS.
     #[serde(default)]
     pub dev: bool,
     /// Who may be a client.
     pub auth: Auth,
+    /// Certificates; without them clients and brokers are spoken to without TLS.
+    #[serde(default)]
+    pub tls: Tls,
     /// What one client, one tenant and all together may use.
     #[serde(default)]
     pub limits: Limits,
@@ -201,6 +211,7 @@ impl Config {
         })?;
         let mut config = Self::parse(&text)?;
         let folder = path.parent().unwrap_or(Path::new(""));
+        config.tls = config.tls.below(folder);
         for key in &mut config.auth.keys {
             key.public_key_file = folder.join(&key.public_key_file);
         }
@@ -242,6 +253,7 @@ impl Config {
         if self.auth.audience.is_empty() {
             return refuse("auth.audience", "it is empty");
         }
+        self.tls.check()?;
         self.limits.check()
     }
 
@@ -251,8 +263,10 @@ impl Config {
             let Ok(address) = text.parse::<SocketAddr>() else {
                 return refuse(key, format!("{text:?} is not an ip:port"));
             };
-            if !self.dev && !address.ip().is_loopback() {
-                return refuse(key, format!("{address} is open to the network without TLS; only with dev = true"));
+            let is_secure = self.tls.is_listening() && key == "listen";
+            if !self.dev && !is_secure && !address.ip().is_loopback() {
+                let remedy = if key == "listen" { "give tls.certificate_file" } else { "only with dev = true" };
+                return refuse(key, format!("{address} is open to the network without TLS; {remedy}"));
             }
             Ok(address)
         };
@@ -326,6 +340,9 @@ mod tests {
             (GOOD.replace("127.0.0.1:7700", "ws://a:1"), "servers"),
             (GOOD.replace("[\"127.0.0.1:7700\"]", "[]"), "servers"),
             (GOOD.replace("EdDSA", "HS256"), "line 4, algorithm"),
+            (format!("listen = \"0.0.0.0:1\"\n{GOOD}[tls]\nca_file = \"c\""), "listen"),
+            (format!("{GOOD}[tls]\ncertificate_file = \"c\""), "tls.key_file"),
+            (format!("{GOOD}[tls]\nkey_file = \"k\""), "tls.certificate_file"),
             (format!("{GOOD}[limits]\nconnections = 0"), "limits.connections"),
             (format!("{GOOD}[limits]\ntenant_rate = 0"), "limits.tenant_rate"),
             (format!("{GOOD}[limits]\nnope = 0"), "line 7, nope"),
@@ -336,6 +353,12 @@ mod tests {
             assert!(!error.to_string().contains('\n'));
         }
         assert!(Config::parse(&format!("dev = true\nlisten = \"0.0.0.0:1\"\n{GOOD}")).is_ok());
+        let tls = "[tls]\ncertificate_file = \"c\"\nkey_file = \"k\"\n";
+        assert!(Config::parse(&format!("listen = \"0.0.0.0:1\"\n{GOOD}{tls}")).is_ok());
+        assert_eq!(
+            Config::parse(&format!("{GOOD}{tls}")).unwrap().tls.load().err().unwrap().key,
+            "tls.certificate_file"
+        );
         let config = Config::parse(GOOD).unwrap();
         assert_eq!(config.verifier().unwrap_err().key, "auth.keys[0].public_key_file");
     }

@@ -29,6 +29,8 @@ mod rates;
 mod requests;
 mod server;
 mod session;
+mod tls;
 
 pub use config::{Auth, AuthKey, Config, ConfigError, Limits};
 pub use server::{Shield, StartError};
+pub use tls::Tls;

@@ -77,7 +77,9 @@ impl Requests {
         let limits = &shared.config.limits;
         let window = usize::try_from(hello.credit_bytes).unwrap_or(CREDIT_SIZE_MAX).min(CREDIT_SIZE_MAX);
         let name: String = hello.client.chars().filter(|c| !c.is_control()).take(100).collect();
-        let client = Client::lazy(shared.config.options(&token, &name))?;
+        let mut options = shared.config.options(&token, &name);
+        options.ca = shared.tls.ca.clone();
+        let client = Client::lazy(options)?;
         let rate = shared.rates.session(&session.tenant);
         let outstanding = Arc::new(Semaphore::new(limits.requests));
         let received = Arc::new(Semaphore::new(limits.receive_size));

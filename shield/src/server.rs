@@ -1,6 +1,7 @@
 //! Start, accept, stop.
 
 use std::{
+    io,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -15,7 +16,7 @@ use tokio::{
 };
 use tokio_tungstenite::{
     accept_hdr_async_with_config,
-    tungstenite::{handshake::server, protocol::WebSocketConfig},
+    tungstenite::{self, handshake::server, protocol::WebSocketConfig},
 };
 
 use crate::{
@@ -24,6 +25,7 @@ use crate::{
     metrics::Metrics,
     rates::Rates,
     session,
+    tls::Loaded,
 };
 
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
@@ -54,6 +56,7 @@ pub enum StartError {
 pub struct Shield {
     address: SocketAddr,
     admin_address: SocketAddr,
+    is_secure: bool,
     stop: watch::Sender<bool>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -63,6 +66,7 @@ pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) metrics: Metrics,
     pub(crate) rates: Rates,
+    pub(crate) tls: Loaded,
     verifier: Verifier,
 }
 
@@ -70,11 +74,13 @@ impl Shield {
     /// Starts to listen. The Spine need not be there yet.
     ///
     /// # Errors
-    /// A wrong configuration, a key file that cannot be used, an address in use.
+    /// A wrong configuration, a key or certificate file that cannot be used, an address in use.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         config.check()?;
         let (listen, admin) = config.addresses()?;
         let verifier = config.verifier()?;
+        let tls = config.tls.load()?;
+        let is_secure = tls.acceptor.is_some();
         let bind = async |key, address| {
             TcpListener::bind(address).await.map_err(|source| StartError::Listen { key, address, source })
         };
@@ -83,20 +89,27 @@ impl Shield {
             listener.local_addr().map_err(|source| StartError::Listen { key, address, source })
         };
         let (address, admin_address) = (local("listen", listen, &clients)?, local("admin", admin, &admins)?);
-        let shared = Arc::new(Shared { metrics: Metrics::new(), rates: Rates::new(&config.limits), verifier, config });
+        let rates = Rates::new(&config.limits);
+        let shared = Arc::new(Shared { metrics: Metrics::new(), rates, tls, verifier, config });
         let (stop, stopping) = watch::channel(false);
         let tasks = vec![
             tokio::spawn(accept(shared.clone(), clients, stopping.clone())),
             tokio::spawn(admin::serve(shared, admins, stopping)),
         ];
         tracing::info!(%address, admin = %admin_address, "Shield listens");
-        Ok(Self { address, admin_address, stop, tasks })
+        Ok(Self { address, admin_address, is_secure, stop, tasks })
     }
 
-    /// Where clients connect: `ws://ADDRESS/v1/ws`.
+    /// Where clients connect: `ws://ADDRESS/v1/ws`, or `wss://` if [`Shield::is_secure`].
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Whether clients are spoken to with TLS.
+    #[must_use]
+    pub fn is_secure(&self) -> bool {
+        self.is_secure
     }
 
     /// Where metrics and health are shown.
@@ -145,8 +158,11 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, mut stopping: watch:
         };
         let Ok(place) = places.clone().try_acquire_owned() else {
             shared.metrics.refused_handshake("full");
-            // What fits into an empty socket buffer is told, without waiting.
-            let _ = stream.try_write(FULL);
+            // What fits into an empty socket buffer is told, without waiting. Nobody who expects
+            // TLS would understand it.
+            if shared.tls.acceptor.is_none() {
+                let _ = stream.try_write(FULL);
+            }
             continue;
         };
         let (shared, stopping) = (shared.clone(), stopping.clone());
@@ -162,6 +178,12 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, mut stopping: watch:
     if timeout(DRAIN_TIME, drained).await.is_err() {
         tracing::warn!(count = sessions.len(), "sessions did not end in time");
     }
+}
+
+/// Where a handshake ended.
+enum Failed {
+    Tls(io::Error),
+    WebSocket(tungstenite::Error),
 }
 
 async fn connection(shared: &Arc<Shared>, stream: TcpStream, mut stopping: watch::Receiver<bool>) {
@@ -187,9 +209,12 @@ async fn connection(shared: &Arc<Shared>, stream: TcpStream, mut stopping: watch
                 Err(refused(refusal))
             }
         };
-    let handshake = timeout(limits.handshake(), accept_hdr_async_with_config(stream, judge, Some(config)));
+    let handshake = async {
+        let stream = shared.tls.accept(stream).await.map_err(Failed::Tls)?;
+        accept_hdr_async_with_config(stream, judge, Some(config)).await.map_err(Failed::WebSocket)
+    };
     let socket = tokio::select! {
-        socket = handshake => socket,
+        socket = timeout(limits.handshake(), handshake) => socket,
         _ = stopping.wait_for(|stopping| *stopping) => return,
     };
     match (socket, admitted) {
@@ -197,7 +222,13 @@ async fn connection(shared: &Arc<Shared>, stream: TcpStream, mut stopping: watch
             session::run(shared, socket, token, session, stopping).await;
         }
         (Err(_), _) => shared.metrics.refused_handshake("slow"),
-        _ => {}
+        (Ok(Err(Failed::Tls(error))), _) => {
+            tracing::debug!(%error, "no TLS with a client");
+            shared.metrics.refused_handshake("tls");
+        }
+        // A refusal has been counted where it was judged.
+        (Ok(Err(Failed::WebSocket(error))), _) => tracing::debug!(%error, "no WebSocket with a client"),
+        (Ok(Ok(_)), None) => {}
     }
 }
 

@@ -9,7 +9,6 @@ use futures_util::{
     stream::{SplitSink, SplitStream},
 };
 use tokio::{
-    net::TcpStream,
     sync::{OwnedSemaphorePermit, mpsc, watch},
     time::{Instant, sleep_until, timeout},
 };
@@ -23,9 +22,10 @@ use crate::{
     close::Close,
     requests::{Requests, answer_frame, error},
     server::{Shared, now_seconds},
+    tls::Stream,
 };
 
-type Socket = WebSocketStream<TcpStream>;
+type Socket = WebSocketStream<Box<dyn Stream>>;
 
 const PROTOCOL_VERSION: u32 = 1;
 /// Answers that wait for the writer.

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arqon_proto::{Claims, TokenAlgorithm, TokenKeyPair, TokenSigner, decode_frame, encode_frame, wire};
 use arqon_sdk::{Client, ConsumerOptions, NewEvent, Options, ProducerOptions, WorkerOptions};
-use arqon_shield::{Auth, AuthKey, Config, Limits, Shield};
+use arqon_shield::{Auth, AuthKey, Config, Limits, Shield, Tls};
 use bytes::{Bytes, BytesMut};
 use fake::Bus;
 use futures_util::{SinkExt, StreamExt};
@@ -60,6 +60,7 @@ impl Edge {
             servers: bus.servers(),
             dev: false,
             auth: Auth { audience: "arqonbus".into(), keys: vec![key] },
+            tls: Tls::default(),
             limits,
         };
         let signer = TokenSigner::from_pem(TokenAlgorithm::EdDSA, None, pair.private_key_pem.as_bytes()).unwrap();
