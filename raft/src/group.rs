@@ -13,7 +13,7 @@ use arqon_proto::{Batch, GroupId, NodeId, RaftIndex, ReplicaId, Term, limits};
 use arqon_storage::{CheckpointKind, Log, LogPosition};
 use openraft::{
     ReadPolicy, ServerState, async_runtime::watch::WatchReceiver as _, errors::ClientWriteError,
-    impls::OneshotResponder, raft::ClientWriteResult,
+    raft::ClientWriteResult,
 };
 use tokio::sync::{Semaphore, oneshot, watch};
 
