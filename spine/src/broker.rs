@@ -30,8 +30,8 @@ use wire::{ErrorCode, frame::Body};
 
 use crate::{
     clock,
-    error::{error, not_found, not_leader},
-    metadata::{FORWARD_KIND as METADATA_KIND, MetadataGroup, MetadataState, Topic},
+    error::{error, not_found, not_leader, starting},
+    metadata::{COMMITTED_KIND, FORWARD_KIND as METADATA_KIND, MetadataGroup, MetadataState, Topic},
     metrics::Metrics,
     operators::Operators,
     partition::{Partition, Services},
@@ -100,20 +100,31 @@ impl Broker {
     /// The topic `name` as `session` sees it.
     ///
     /// # Errors
-    /// TARGET_NOT_FOUND naming it.
+    /// TARGET_NOT_FOUND naming it; OVERLOADED while this node cannot know all topics.
     pub(crate) fn topic(&self, session: &Session, name: &str) -> Result<Arc<Topic>, wire::Error> {
         self.topic_of(tenant_of(session, name), name)
     }
 
     fn topic_of(&self, tenant: &str, name: &str) -> Result<Arc<Topic>, wire::Error> {
         let published = self.metadata.published();
-        published.state.topic(tenant, name).cloned().ok_or_else(|| not_found("topic", name))
+        published.state.topic(tenant, name).cloned().ok_or_else(|| match self.require_started() {
+            Ok(()) => not_found("topic", name),
+            Err(starting) => starting,
+        })
+    }
+
+    /// Checks that the topics known here are those of the cluster.
+    ///
+    /// # Errors
+    /// OVERLOADED, with a time to wait, while the node catches up after its start.
+    pub(crate) fn require_started(&self) -> Result<(), wire::Error> {
+        if self.metadata.is_starting() { Err(starting(self.node)) } else { Ok(()) }
     }
 
     /// The local replica of a partition.
     ///
     /// # Errors
-    /// TARGET_NOT_FOUND naming topic or partition; NOT_LEADER with the leader's address when
+    /// As [`Broker::topic`]; TARGET_NOT_FOUND naming the partition; NOT_LEADER with the leader's address when
     /// there is no replica here that works.
     pub(crate) fn partition(&self, session: &Session, name: &str, partition: u32) -> Result<Partition, wire::Error> {
         let topic = self.topic(session, name)?;
@@ -236,11 +247,17 @@ impl Broker {
             let Some(topic) = published.state.topic(tenant, name) else { return };
             let dead = format!("{name}.dead");
             let made = [name, &topic.config.results_topic, &dead].map(|name| published.state.topic(tenant, name));
-            let groups = made.into_iter().flatten().flat_map(|topic| &topic.partitions).map(|at| at.group);
+            let partitions = made.into_iter().flatten().flat_map(|topic| &topic.partitions);
             let reports = self.reports().await;
-            let led = |group: u64| reports.iter().any(|(_, report)| report.led.contains(&group));
+            // A replica here must have heard of its leader, too: this node describes the topic.
+            let is_heard = |at: &wire::PartitionPlacement| {
+                !at.replicas.iter().any(|replica| replica.node == self.node.0) || self.leader(at).is_some()
+            };
+            let led = |at: &wire::PartitionPlacement| {
+                is_heard(at) && reports.iter().any(|(_, report)| report.led.contains(&at.group))
+            };
             let is_known = reports.iter().all(|(_, report)| report.next_group >= published.state.next_group());
-            let ready: Vec<bool> = groups.map(led).collect();
+            let ready: Vec<bool> = partitions.map(led).collect();
             if is_known && ready.into_iter().all(|led| led) {
                 return;
             }
@@ -301,6 +318,7 @@ impl Broker {
     pub(crate) async fn handle_forward(&self, kind: String, body: Bytes) -> Result<Bytes, String> {
         match kind.as_str() {
             METADATA_KIND => Ok(self.metadata.handle_forward(body).await),
+            COMMITTED_KIND => self.metadata.handle_committed().await,
             REPORT_KIND => Ok(self.report().encode_to_vec().into()),
             PRODUCE_KIND => self.handle_produce(body).await,
             other => Err(format!("this node does not know requests of the kind {other:?}")),

@@ -107,6 +107,7 @@ impl control_server::Control for Control {
         request: Request<wire::ListTopicsRequest>,
     ) -> Result<Response<wire::ListTopicsResponse>, Status> {
         let session = self.session(&request)?;
+        self.broker.require_started().map_err(status)?;
         let published = self.broker.metadata.published();
         let visible = published
             .state

@@ -1,6 +1,9 @@
 //! Short ways to the wire's errors. Only the edges of the broker make them.
 
-use arqon_proto::wire;
+use arqon_proto::{NodeId, wire};
+
+/// What a client is told to wait for a node that starts, in milliseconds.
+const STARTING_RETRY_MS: u32 = 200;
 
 /// An error with `code` and a one-line `message`.
 pub(crate) fn error(code: wire::ErrorCode, message: impl Into<String>) -> wire::Error {
@@ -19,6 +22,12 @@ pub(crate) fn not_found(kind: &str, name: &str) -> wire::Error {
         field: shown.clone(),
         ..error(wire::ErrorCode::TargetNotFound, format!("{kind} {shown:?} does not exist"))
     }
+}
+
+/// OVERLOADED: `node` cannot say yet which topics exist.
+pub(crate) fn starting(node: NodeId) -> wire::Error {
+    let message = format!("node {node} is starting: it does not know the cluster's topics yet");
+    wire::Error { retry_after_ms: STARTING_RETRY_MS, ..error(wire::ErrorCode::Overloaded, message) }
 }
 
 /// NOT_LEADER, with the leader's client address where it is known.

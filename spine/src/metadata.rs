@@ -8,5 +8,5 @@
 mod group;
 mod state;
 
-pub(crate) use group::{FORWARD_KIND, MetadataGroup, Published};
+pub(crate) use group::{COMMITTED_KIND, FORWARD_KIND, MetadataGroup, Published};
 pub use state::{MetadataState, Topic};

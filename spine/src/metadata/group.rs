@@ -1,10 +1,18 @@
 //! The metadata's Raft group: one replica on every configured node.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use arqon_proto::{Batch, BatchKind, DecodeError, GroupId, LEASE_KEY_SIZE, LeaseKey, NodeId, ReplicaId, wire};
+use arqon_proto::{
+    Batch, BatchKind, DecodeError, GroupId, LEASE_KEY_SIZE, LeaseKey, NodeId, RaftIndex, ReplicaId, wire,
+};
 use arqon_raft::{ForwardError, Group, GroupSpec, Host, OpenError, ProposeError, StateMachine};
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message;
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::{
@@ -18,6 +26,8 @@ use crate::{clock, error::error};
 
 /// The kind under which commands are forwarded to the leader's node.
 pub(crate) const FORWARD_KIND: &str = "metadata";
+/// The kind under which a starting node asks the leader's node what it must have applied.
+pub(crate) const COMMITTED_KIND: &str = "metadata-committed";
 /// How long a command may take, elections included.
 const SUBMIT_PATIENCE: Duration = Duration::from_secs(10);
 const RETRY_DELAY: Duration = Duration::from_millis(50);
@@ -107,6 +117,8 @@ pub(crate) struct MetadataGroup {
     host: Host,
     group: Group,
     published: watch::Receiver<Arc<Published>>,
+    /// Whether everything is applied here that was committed when this node started.
+    caught_up: Arc<AtomicBool>,
 }
 
 impl MetadataGroup {
@@ -122,7 +134,7 @@ impl MetadataGroup {
             initial,
         };
         let group = host.open(spec, Box::new(machine)).await?;
-        Ok(Self { node, host: host.clone(), group, published })
+        Ok(Self { node, host: host.clone(), group, published, caught_up: Arc::default() })
     }
 
     /// The Raft group.
@@ -133,6 +145,12 @@ impl MetadataGroup {
     /// What has been applied here.
     pub(crate) fn published(&self) -> Arc<Published> {
         self.published.borrow().clone()
+    }
+
+    /// Whether a topic that is not in [`MetadataGroup::published`] may exist all the same: since
+    /// its start this node has not caught up, or the cluster is not formed.
+    pub(crate) fn is_starting(&self) -> bool {
+        !self.caught_up.load(Ordering::Acquire) || self.published.borrow().state.nodes().is_empty()
     }
 
     /// Follows what is applied here.
@@ -206,13 +224,63 @@ impl MetadataGroup {
         decode_outcome(&applied.outcome)
     }
 
-    /// What the leader does of itself: forms the cluster, and keeps lease keys fresh. Runs
-    /// until the group stops.
+    /// The last committed entry, for another node that catches up; only if this node leads.
+    ///
+    /// # Errors
+    /// Why this node cannot say, one line.
+    pub(crate) async fn handle_committed(&self) -> Result<Bytes, String> {
+        let index = self.committed().await.map_err(|cause| cause.to_string())?;
+        Ok(Bytes::copy_from_slice(&index.0.to_le_bytes()))
+    }
+
+    async fn committed(&self) -> Result<RaftIndex, ProposeError> {
+        self.group.confirm_leader().await?;
+        // A leader that a majority confirmed has applied an entry of its own term.
+        Ok(self.group.readable().borrow().index.unwrap_or_default())
+    }
+
+    // What the leader has committed, as far as one can be asked now.
+    async fn ask_committed(&self) -> Option<RaftIndex> {
+        let status = self.group.status();
+        if status.is_leader {
+            return self.committed().await.ok();
+        }
+        let mut answer = self.host.forward(status.leader?, COMMITTED_KIND, Bytes::new()).await.ok()?;
+        answer.try_get_u64_le().ok().map(RaftIndex)
+    }
+
+    // Returns when everything is applied here that was committed at some time after the start.
+    async fn catch_up(&self) {
+        let committed = loop {
+            match self.ask_committed().await {
+                Some(committed) => break committed,
+                None => sleep(RETRY_DELAY).await,
+            }
+        };
+        let mut readable = self.group.readable();
+        if readable.wait_for(|readable| readable.index >= Some(committed)).await.is_ok() {
+            self.caught_up.store(true, Ordering::Release);
+        }
+    }
+
+    /// Catches up with the cluster and, on the leader, does what it does of itself: forms the
+    /// cluster, and keeps lease keys fresh. Runs until the group stops.
     pub(crate) async fn run_duties(self, nodes: Vec<wire::NodeInfo>) {
+        let caught_up = async {
+            self.catch_up().await;
+            std::future::pending().await
+        };
+        tokio::select! {
+            () = self.follow_leadership(&nodes) => {}
+            () = caught_up => {}
+        }
+    }
+
+    async fn follow_leadership(&self, nodes: &[wire::NodeInfo]) {
         let mut status = self.group.watch();
         while status.wait_for(|status| status.ready).await.is_ok() {
             let lost = tokio::select! {
-                () = self.lead(&nodes) => continue,
+                () = self.lead(nodes) => continue,
                 lost = status.wait_for(|status| !status.ready) => lost,
             };
             if lost.is_err() {

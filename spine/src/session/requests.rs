@@ -224,13 +224,14 @@ impl Shared {
 
     async fn work(&self, request: wire::Work) -> Answer {
         authorize(&self.session, Verb::Subscribe, &request.topic)?;
+        // First: a node that starts knows no operators either.
+        let partition = self.broker.partition(&self.session, &request.topic, request.partition)?;
         let operator = if request.operator_id.is_empty() {
             None
         } else {
             let registration = self.broker.operators.admit(&self.session, &request.operator_id)?;
             Some(Operator { id: registration.operator_id, version: registration.version })
         };
-        let partition = self.broker.partition(&self.session, &request.topic, request.partition)?;
         let (leased, batches) = partition.work(request, operator).await?;
         Ok((Body::Leased(leased), batches))
     }

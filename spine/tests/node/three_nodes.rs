@@ -153,3 +153,88 @@ async fn dead_letters_find_their_topics_on_other_nodes() {
     }
     cluster.shutdown().await;
 }
+
+/// The story: a node lost its disk and comes back while nobody can tell it of the cluster. What
+/// it does not know yet is no topic that does not exist: clients must go on asking.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_starts_does_not_deny_the_topics_that_exist() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.create(0, "nvm.jobs", 1).await.unwrap();
+    for node in 0..3 {
+        cluster.stop(node).await;
+    }
+    std::fs::remove_dir_all(&cluster.configs[2].data).unwrap();
+    cluster.restart(2).await;
+    let mut client = cluster.connect(2, &cluster.admin()).await;
+    let work = wire::Work {
+        topic: "nvm.jobs".into(),
+        group: "g".into(),
+        worker: "w".into(),
+        jobs_max: 1,
+        operator_id: "o".into(),
+        ..Default::default()
+    };
+    for refused in [
+        client.describe("nvm.jobs").await.unwrap_err(),
+        client.produce("nvm.jobs", 0, batch(&["x"])).await.unwrap_err(),
+        client.fetch(fetch_from("nvm.jobs", 0)).await.unwrap_err(),
+        client.work(work).await.unwrap_err(),
+    ] {
+        assert_eq!((refused.code(), refused.retry_after_ms), (ErrorCode::Overloaded, 200), "{refused:?}");
+        assert_eq!(refused.message, "node 3 is starting: it does not know the cluster's topics yet");
+    }
+    let mut control = cluster.control(2).await;
+    let describe = wire::DescribeTopic { topic: "nvm.jobs".into() };
+    let list = wire::ListTopicsRequest::default();
+    for refused in [
+        control.describe_topic(authorized(describe, &cluster.admin())).await.map(drop).unwrap_err(),
+        control.list_topics(authorized(list, &cluster.admin())).await.map(drop).unwrap_err(),
+    ] {
+        assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused:?}");
+        assert!(refused.message().contains("node 3 is starting"), "{refused:?}");
+    }
+
+    cluster.restart(0).await;
+    cluster.restart(1).await;
+    crate::support::until("the node knows the topic", async || match client.describe("nvm.jobs").await {
+        Ok(_) => true,
+        Err(refused) => {
+            assert_eq!(refused.code(), ErrorCode::Overloaded, "{refused:?}");
+            false
+        }
+    })
+    .await;
+    // Now it knows what does not exist, too.
+    crate::support::until("the node knows all topics", async || {
+        client.describe("nothing").await.unwrap_err().code() == ErrorCode::TargetNotFound
+    })
+    .await;
+    cluster.shutdown().await;
+}
+
+/// The story: a topic is made while a node is away. The node comes back with its old data, in
+/// which the topic is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_back_does_not_deny_what_was_made_while_it_was_away() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.create(0, "early", 1).await.unwrap();
+    cluster.stop(2).await;
+    cluster.create(0, "late", 1).await.unwrap();
+    cluster.stop(0).await;
+    cluster.stop(1).await;
+    cluster.restart(2).await;
+    let mut client = cluster.connect(2, &cluster.admin()).await;
+    crate::support::until("what it knew it knows", async || client.describe("early").await.is_ok()).await;
+    assert_eq!(client.describe("late").await.unwrap_err().code(), ErrorCode::Overloaded);
+    cluster.restart(0).await;
+    cluster.restart(1).await;
+    crate::support::until("the node knows the topic", async || match client.describe("late").await {
+        Ok(_) => true,
+        Err(refused) => {
+            assert_eq!(refused.code(), ErrorCode::Overloaded, "{refused:?}");
+            false
+        }
+    })
+    .await;
+    cluster.shutdown().await;
+}
