@@ -210,18 +210,23 @@ impl Router {
         let deadline = Instant::now() + self.options.attempt_timeout;
         let mut connection = self.any().await?;
         let mut others = self.seeds.iter();
+        let mut unknown = None;
         loop {
             let error = match connection.exchange(body.clone(), &[], deadline).await? {
                 (Body::TopicDescription(description), _) => return Ok(Arc::new(description)),
                 (Body::Error(error), _) => Error::from(error),
                 _ => return Err(Error::unexpected(connection.address().as_str())),
             };
-            // A topic made a moment ago may not have come to every node yet: one that knows it is right.
-            if error.code() != Some(ErrorCode::TargetNotFound) || self.is_websocket() {
-                return Err(error);
+            // A topic made a moment ago may not have come to every node yet, and a node that starts
+            // knows none: one that knows it is right.
+            match error.code() {
+                _ if self.is_websocket() => return Err(error),
+                Some(ErrorCode::TargetNotFound) => unknown = Some(error.clone()),
+                Some(ErrorCode::Overloaded) => {}
+                _ => return Err(error),
             }
             connection = loop {
-                let Some(address) = others.next() else { return Err(error) };
+                let Some(address) = others.next() else { return Err(unknown.unwrap_or(error)) };
                 if address != connection.address()
                     && let Ok(other) = self.connection(address).await
                 {

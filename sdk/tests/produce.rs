@@ -9,7 +9,7 @@ use std::{collections::HashMap, time::Duration};
 use arqon_sdk::{
     Client, Compression, ConsumerOptions, Error, From, NewEvent, Options, ProducerOptions, wire::ErrorCode,
 };
-use fake::{Bus, Fault, Kind, refuse};
+use fake::{Bus, Fault, Kind, error, refuse};
 
 fn options(servers: Vec<String>) -> Options {
     let mut options = Options::new(servers, "token");
@@ -223,6 +223,26 @@ async fn failures_to_connect_are_one_line_that_names_the_thing() {
     assert_eq!(error.to_string(), "TARGET_NOT_FOUND: topic nope does not exist");
     let error = client.list_offsets("bad name", 0, From::Latest).await.unwrap_err();
     assert_eq!(error.code_name(), "TARGET_NOT_FOUND");
+}
+
+/// The story: nodes that have just started do not know the topics yet.
+#[tokio::test]
+async fn a_node_that_cannot_describe_a_topic_yet_is_passed_over_or_waited_for() {
+    let starting = |retry_after_ms| {
+        let refusal = error(ErrorCode::Overloaded, "node 1 is starting", "");
+        Some(Fault::Refuse(arqon_sdk::wire::Error { retry_after_ms, ..refusal }))
+    };
+    let (bus, client) = bus("t", 1, 3).await;
+    // Another node knows: there is no need to wait as long as the first one asks.
+    bus.faults(Kind::Describe, [starting(3_600_000)]);
+    assert_eq!(client.describe_topic("t").await.unwrap().partitions.len(), 1);
+    // No node knows: it is asked again.
+    let client = Client::connect(options(bus.servers())).await.unwrap();
+    bus.faults(Kind::Describe, [starting(1), starting(1), starting(1), None]);
+    assert_eq!(client.describe_topic("t").await.unwrap().partitions.len(), 1);
+    // One that is not starting says that there is no such topic, and it is right.
+    bus.faults(Kind::Describe, [None, starting(1), starting(1)]);
+    assert_eq!(client.describe_topic("nope").await.unwrap_err().code(), Some(ErrorCode::TargetNotFound));
 }
 
 #[tokio::test]
