@@ -1,11 +1,12 @@
 //! Where the servers are and as whom to speak to them.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use arqon_proto::wire;
+use arqon_proto::{tls_client, wire};
 use arqon_sdk::{Client, Options};
 use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use wire::control_client::ControlClient;
 
 use crate::Failure;
@@ -24,6 +25,9 @@ pub struct Connect {
     /// The token is read from ARQON_TOKEN or ARQONBUS_TOKEN.
     #[arg(long, value_name = "ADDRESS")]
     server: Option<String>,
+    /// CA to trust (PEM); nodes are spoken to with TLS then, and Shields are wss://host:port
+    #[arg(long, value_name = "FILE", env = "ARQON_CA")]
+    ca: Option<PathBuf>,
 }
 
 /// Where the control plane is.
@@ -53,18 +57,33 @@ impl Connect {
         self.server.clone().or_else(environment).unwrap_or_else(|| SERVER_DEFAULT.to_owned())
     }
 
+    fn ca(&self) -> Result<Option<Vec<u8>>, Failure> {
+        // An empty ARQON_CA is none, as with the other variables.
+        let Some(file) = self.ca.as_ref().filter(|file| !file.as_os_str().is_empty()) else { return Ok(None) };
+        let problem = |problem: String| Failure::usage(format!("--ca {}: {problem}", file.display()));
+        let ca = std::fs::read(file).map_err(|error| problem(error.to_string()))?;
+        tls_client(&ca, None).map_err(|error| problem(error.reason))?;
+        Ok(Some(ca))
+    }
+
     /// Connects.
     ///
     /// # Errors
-    /// No token, no server that can be reached, or one that refuses the token.
+    /// No token, a CA that cannot be used, no server that can be reached, or one that refuses the
+    /// token.
     pub async fn client(&self) -> Result<Client, Failure> {
-        client(&self.servers(), &token()?).await
+        client_trusting(self.ca()?, &self.servers(), &token()?).await
     }
 }
 
-/// Connects to `servers` with `token`.
+/// Connects to `servers` with `token`, without TLS.
 pub(crate) async fn client(servers: &str, token: &str) -> Result<Client, Failure> {
+    client_trusting(None, servers, token).await
+}
+
+async fn client_trusting(ca: Option<Vec<u8>>, servers: &str, token: &str) -> Result<Client, Failure> {
     let mut options = Options::new([servers], token);
+    options.ca = ca;
     options.client_name = concat!("arqon/", env!("CARGO_PKG_VERSION")).to_owned();
     Ok(Client::connect(options).await?)
 }
@@ -73,13 +92,13 @@ impl ConnectControl {
     /// Connects to the control plane of the first node that can be reached.
     ///
     /// # Errors
-    /// No token, or no node that can be reached.
+    /// No token, a CA that cannot be used, or no node that can be reached.
     pub async fn control(&self) -> Result<Control, Failure> {
         let addresses = match &self.control {
             Some(addresses) => addresses.clone(),
             None => control_addresses(&self.connect.servers())?,
         };
-        Control::connect(&addresses, &token()?).await
+        Control::connect_trusting(self.connect.ca()?, &addresses, &token()?).await
     }
 }
 
@@ -87,6 +106,7 @@ impl ConnectControl {
 fn control_addresses(servers: &str) -> Result<String, Failure> {
     let mut out = Vec::new();
     for server in servers.split(',').map(str::trim).filter(|server| !server.is_empty()) {
+        let server = server.strip_prefix("tls://").unwrap_or(server);
         if server.contains("://") {
             let why = "the control plane is not behind the Shield: give a node as --server, or --control";
             return Err(Failure::usage(format!("{server}: {why}")));
@@ -108,16 +128,29 @@ pub struct Control {
 }
 
 impl Control {
-    /// Connects to the first of `addresses` (`host:port`, divided by commas) that answers.
+    /// Connects to the first of `addresses` (`host:port`, divided by commas) that answers, without
+    /// TLS.
     ///
     /// # Errors
     /// Why each address failed.
     pub async fn connect(addresses: &str, token: &str) -> Result<Self, Failure> {
+        Self::connect_trusting(None, addresses, token).await
+    }
+
+    // With TLS when there is a `ca` to trust.
+    async fn connect_trusting(ca: Option<Vec<u8>>, addresses: &str, token: &str) -> Result<Self, Failure> {
+        let tls = ca.map(|ca| ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)));
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let authorization = format!("Bearer {token}").parse();
         let authorization = authorization.map_err(|_| Failure::usage("the token is not one line of ASCII"))?;
         let mut problems = Vec::new();
         for address in addresses.split(',').map(str::trim).filter(|address| !address.is_empty()) {
-            let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            let endpoint = Endpoint::from_shared(format!("{scheme}://{address}"));
+            let endpoint = endpoint.and_then(|endpoint| match &tls {
+                Some(tls) => endpoint.tls_config(tls.clone()),
+                None => Ok(endpoint),
+            });
+            let endpoint = endpoint
                 .map_err(|error| Failure::usage(error).at(address))?
                 .connect_timeout(CONTROL_CONNECT_TIMEOUT)
                 .timeout(CONTROL_TIMEOUT);
@@ -157,7 +190,7 @@ mod tests {
 
     #[test]
     fn the_control_plane_is_five_ports_above() {
-        assert_eq!(control_addresses("a:7700, b:7730").unwrap(), "a:7705,b:7735");
+        assert_eq!(control_addresses("a:7700, tls://b:7730").unwrap(), "a:7705,b:7735");
         for wrong in ["ws://a:7710", "a", "a:65535", "a:x"] {
             assert!(control_addresses(wrong).unwrap_err().to_string().contains(wrong), "{wrong}");
         }

@@ -84,7 +84,8 @@ pub async fn shield(args: ConfigArgs, log: LogArgs) -> Result<(), Failure> {
     logging::start(log, "info", false);
     let mut signals = StopSignals::listen()?;
     let shield = Shield::start(config).await.map_err(Failure::failed)?;
-    let url = format!("ws://{}/v1/ws", shield.address());
+    let scheme = if shield.is_secure() { "wss" } else { "ws" };
+    let url = format!("{scheme}://{}/v1/ws", shield.address());
     output::json(&json!({ "ready": true, "shield": url, "admin": shield.admin_address().to_string() }))?;
     signals.wait().await;
     tracing::info!("Shield stops");

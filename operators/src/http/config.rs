@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use arqon_proto::{TOKEN_SIZE_MAX, check_schema, limits, wire};
+use arqon_proto::{TOKEN_SIZE_MAX, check_schema, limits, tls_client, wire};
 use reqwest::{
     Url,
     header::{HeaderName, HeaderValue},
@@ -45,8 +45,10 @@ impl fmt::Debug for Secret {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HttpShimConfig {
-    /// `host:port` of brokers, or `ws://host:port` of Shields.
+    /// `host:port` of brokers, or `ws://host:port` of Shields; `wss://` with `ca_file`.
     pub servers: Vec<String>,
+    /// A file with the CA to trust (PEM): with it brokers are spoken to with TLS.
+    pub ca_file: Option<PathBuf>,
     /// The access token.
     pub token: Option<Secret>,
     /// A file with the access token; white space at its ends does not count.
@@ -149,7 +151,7 @@ fn refuse<T>(key: impl Into<String>, problem: impl Into<String>) -> Result<T, Co
 }
 
 impl HttpShimConfig {
-    /// Reads and checks the file at `path`; a relative `token_file` starts at its folder.
+    /// Reads and checks the file at `path`; relative files in it start at its folder.
     ///
     /// # Errors
     /// The file cannot be read, is not TOML, has an unknown key or a value that cannot be.
@@ -159,6 +161,7 @@ impl HttpShimConfig {
         let mut config = Self::parse(&text)?;
         let folder = path.parent().unwrap_or(Path::new(""));
         config.token_file = config.token_file.map(|file| folder.join(file));
+        config.ca_file = config.ca_file.map(|file| folder.join(file));
         Ok(config)
     }
 
@@ -225,6 +228,18 @@ impl HttpShimConfig {
             return refuse(key, "is not a token");
         }
         Ok(token.to_owned())
+    }
+
+    /// The CA to trust, PEM.
+    ///
+    /// # Errors
+    /// A file that cannot be read or holds no certificate.
+    pub fn ca(&self) -> Result<Option<Vec<u8>>, ConfigError> {
+        let Some(file) = &self.ca_file else { return Ok(None) };
+        let problem = |error: String| ConfigError::new("ca_file", format!("{}: {error}", file.display()));
+        let ca = std::fs::read(file).map_err(|error| problem(error.to_string()))?;
+        tls_client(&ca, None).map_err(|error| problem(error.reason))?;
+        Ok(Some(ca))
     }
 
     /// What is said about this operator when it registers.
@@ -422,6 +437,7 @@ url = "http://127.0.0.1:3000/distill"
         assert_eq!(format!("{:?}", least.options(Metrics::new())), format!("{:?}", shown.options(Metrics::new())));
         assert_eq!((least.job_schema(), least.result_field()), (shown.job_schema(), shown.result_field()));
         (least.token, least.token_file) = (None, shown.token_file.clone());
+        least.ca_file = shown.ca_file.clone();
         (least.results_topic, least.group) = (shown.results_topic.clone(), shown.group.clone());
         (least.job_schema, least.result_schema) = (shown.job_schema.clone(), shown.result_schema.clone());
         (least.result_field, least.headers) = (shown.result_field.clone(), shown.headers.clone());

@@ -96,6 +96,7 @@ impl Operator for HttpOperator {
 pub struct HttpShim {
     config: HttpShimConfig,
     token: String,
+    ca: Option<Vec<u8>>,
     operator: HttpOperator,
     metrics: Metrics,
     admin: Option<Admin>,
@@ -108,20 +109,20 @@ impl std::fmt::Debug for HttpShim {
 }
 
 impl HttpShim {
-    /// Checks `config`, reads the token and binds the admin address. Talks to nobody yet.
+    /// Checks `config`, reads the token and the CA, and binds the admin address. Talks to nobody yet.
     ///
     /// # Errors
     /// A wrong key, no token, or an admin address that cannot be listened on.
     pub async fn bind(config: HttpShimConfig) -> Result<Self, Error> {
         config.check()?;
-        let token = config.token()?;
+        let (token, ca) = (config.token()?, config.ca()?);
         let operator = HttpOperator::new(&config)?;
         let metrics = Metrics::new();
         let admin = match config.admin_address()? {
             Some(address) => Some(Admin::bind(address, metrics.clone()).await?),
             None => None,
         };
-        Ok(Self { config, token, operator, metrics, admin })
+        Ok(Self { config, token, ca, operator, metrics, admin })
     }
 
     /// Where metrics and health are served, with the real port.
@@ -144,6 +145,7 @@ impl HttpShim {
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
         tracing::info!(config = ?self.config, "HTTP shim");
         let mut sdk = Options::new(self.config.servers.clone(), self.token);
+        sdk.ca = self.ca;
         sdk.client_name = format!("arqon-http-shim/{} {}", env!("CARGO_PKG_VERSION"), self.config.operator_id);
         let (registration, options) = (self.config.registration(), self.config.options(self.metrics));
         let work = async {
