@@ -221,6 +221,8 @@ impl MetadataGroup {
         batch.header.time_ms = clock::now_ms();
         let proposal = self.group.propose(status.term, batch).await.map_err(propose_error)?;
         let applied = proposal.await.map_err(propose_error)?;
+        // A leader that has committed an entry of its term has applied all that came before.
+        self.caught_up.store(true, Ordering::Release);
         decode_outcome(&applied.outcome)
     }
 
