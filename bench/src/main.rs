@@ -6,6 +6,7 @@
 //!         ├─ load       the clients: publish, one at a time, fetch, publish to consume
 //!         ├─ cpu        what the nodes used, from /proc
 //!         └─ report     medians of the rounds, as a table or JSON
+//!   rounds               what durable writes to many files cost, each way to ask the disk
 //! ```
 
 mod cpu;
@@ -14,6 +15,7 @@ mod load;
 mod own;
 mod payload;
 mod report;
+mod rounds;
 
 use std::process::ExitCode;
 
@@ -33,25 +35,42 @@ enum Command {
     /// A local cluster of node processes: throughput, latency and CPU, beside the raw disk
     #[command(name = "self")]
     Own(own::OwnArgs),
+    /// The disk alone: rounds of writes over many files, made durable in each possible way
+    Rounds(rounds::RoundsArgs),
+}
+
+impl Command {
+    /// Runs to the end; gives what is to be printed.
+    async fn run(self) -> Result<String, String> {
+        match self {
+            Self::Own(args) => {
+                let as_json = args.json;
+                own::run(args).await.map(|report| if as_json { report.json() } else { report.table() })
+            }
+            Self::Rounds(args) => {
+                let as_json = args.json;
+                rounds::run(args).await.map(|rounds| if as_json { rounds.json() } else { rounds.table() })
+            }
+        }
+    }
 }
 
 fn main() -> ExitCode {
-    let Arguments { command: Command::Own(args) } = Arguments::parse();
+    let Arguments { command } = Arguments::parse();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&format!("cannot start: {error}")),
     };
-    let as_json = args.json;
     // A signal drops the run, and with it the cluster, whose nodes are killed then.
-    let report = runtime.block_on(async {
+    let output = runtime.block_on(async {
         tokio::select! {
-            report = own::run(args) => report,
+            output = command.run() => output,
             stopped = stop_signal() => Err(stopped),
         }
     });
-    match report {
-        Ok(report) => {
-            println!("{}", if as_json { report.json() } else { report.table() });
+    match output {
+        Ok(output) => {
+            println!("{output}");
             ExitCode::SUCCESS
         }
         Err(error) => failed(&error),

@@ -1,6 +1,10 @@
 //! `arqon-bench self`: every case at every size on every cluster, in rounds.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use arqon_jepsen::{Cluster, find_arqon, parse_time};
 use arqon_sdk::{Client, Options};
@@ -74,7 +78,7 @@ fn parse_size(text: &str) -> Result<usize, String> {
 /// The line that says what failed; figures of a run with a wrong read are never shown.
 pub async fn run(args: OwnArgs) -> Result<Report, String> {
     let arqon = find_arqon(args.arqon.clone()).await.map_err(|error| error.to_string())?;
-    let temporary = temporary_directory(&args)?;
+    let temporary = temporary_directory(args.dir.as_deref())?;
     let mut gauge = Gauge::new(temporary.path())?;
     if gauge.is_tmpfs() {
         note(&args, "warning: the directory lies in memory (tmpfs), no figure is about a disk; see --dir");
@@ -111,9 +115,10 @@ async fn measured(mut gauge: Gauge) -> Result<Gauge, String> {
     measuring.await.map_err(|error| error.to_string())?
 }
 
-fn temporary_directory(args: &OwnArgs) -> Result<tempfile::TempDir, String> {
+/// A fresh directory below `dir`, which is made when missing, or where the system puts such things.
+pub fn temporary_directory(dir: Option<&Path>) -> Result<tempfile::TempDir, String> {
     let mut builder = tempfile::Builder::new();
-    let made = match &args.dir {
+    let made = match dir {
         Some(dir) => {
             std::fs::create_dir_all(dir).map_err(|error| format!("--dir {}: {error}", dir.display()))?;
             builder.prefix("arqon-bench-").tempdir_in(dir)
