@@ -5,6 +5,7 @@
 //!   batch.rs    header | stamps | records         (the unit of wire, Raft and disk)
 //!   stamp.rs    per-record provenance             (written by the Spine)
 //!   frame.rs    length | header size | Frame | body   (client and peer transport)
+//!   frame_buffer.rs, gather.rs   frames in and out of byte streams
 //!   lease.rs    the MAC'd token of a granted job
 //!   token.rs    access tokens of clients       (signed JWT)
 //!   wire.rs     generated protobuf and gRPC
@@ -16,6 +17,8 @@
 mod batch;
 mod error;
 mod frame;
+mod frame_buffer;
+mod gather;
 mod ids;
 mod lease;
 pub mod limits;
@@ -29,6 +32,8 @@ pub mod wire;
 pub use batch::{BATCH_HEADER_SIZE, Batch, BatchKind, Compression, FORMAT_VERSION, Header, chain_start};
 pub use error::{DecodeError, code_name};
 pub use frame::{FRAME_PREFIX_SIZE, decode_frame, encode_frame, frame_size};
+pub use frame_buffer::FrameBuffer;
+pub use gather::Gather;
 pub use ids::{GroupId, NodeId, Offset, PartitionId, RaftIndex, ReplicaId, Term};
 pub use lease::{LEASE_KEY_SIZE, LeaseKey, LeaseRejected};
 pub use name::{NameError, TopicClass, check_schema, check_tenant, check_topic};

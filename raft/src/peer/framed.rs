@@ -1,12 +1,15 @@
 //! Reading and writing frames on a TCP stream.
 
-use std::io;
+use std::{io, io::IoSlice};
 
-use arqon_proto::{Batch, decode_frame, encode_frame, frame_size, wire::PeerFrame};
-use bytes::{Bytes, BytesMut};
+use arqon_proto::{Batch, FrameBuffer, Gather, decode_frame, encode_frame, limits, wire::PeerFrame};
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-const READ_BUFFER_SIZE: usize = 256 << 10;
+/// Frames are gathered up to this size for one write, in bytes.
+const WRITE_SIZE: usize = 1 << 20;
+/// Slices of one write.
+const SLICE_COUNT_MAX: usize = 256;
 
 /// What follows a frame's header.
 #[derive(Clone, Debug)]
@@ -26,53 +29,70 @@ impl Body {
     }
 }
 
-/// Splits a stream into frames; bodies share the read buffer's memory.
+/// Splits a stream into frames.
 pub(crate) struct FrameReader<R> {
     stream: R,
-    buffer: BytesMut,
+    buffer: FrameBuffer,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
     pub(crate) fn new(stream: R) -> Self {
-        Self { stream, buffer: BytesMut::with_capacity(READ_BUFFER_SIZE) }
+        Self { stream, buffer: FrameBuffer::default() }
     }
 
     /// The next frame; `None` when the peer closed between two frames.
     pub(crate) async fn next(&mut self) -> io::Result<Option<(PeerFrame, Bytes)>> {
         loop {
-            let size = frame_size(&self.buffer).map_err(io::Error::other)?;
-            if let Some(size) = size
-                && self.buffer.len() >= size
-            {
-                let frame = self.buffer.split_to(size).freeze();
+            if let Some(frame) = self.buffer.next(limits::FRAME_SIZE_MAX).map_err(io::Error::other)? {
                 return decode_frame(frame).map(Some).map_err(io::Error::other);
             }
-            let missing = size.map_or(READ_BUFFER_SIZE, |size| size - self.buffer.len());
-            self.buffer.reserve(missing.max(READ_BUFFER_SIZE));
-            if self.stream.read_buf(&mut self.buffer).await? == 0 {
-                return if self.buffer.is_empty() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+            if self.stream.read_buf(&mut self.buffer.room()).await? == 0 {
+                let between = self.buffer.pending().is_empty();
+                return if between { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
             }
         }
     }
 }
 
-/// Writes one frame into `stream`; the caller flushes.
-pub(crate) async fn write_frame<W: AsyncWrite + Unpin>(
-    stream: &mut W,
-    frame: &PeerFrame,
-    body: &Body,
-) -> io::Result<()> {
-    let head = encode_frame(frame, body.size()).map_err(io::Error::other)?;
-    stream.write_all(&head).await?;
-    match body {
-        Body::Bytes(bytes) => stream.write_all(bytes).await?,
-        Body::Batches(batches) => {
-            for batch in batches {
-                stream.write_all(&batch.header.encode()).await?;
-                stream.write_all(&batch.stamps).await?;
-                stream.write_all(&batch.records).await?;
+/// Gathers frames and writes them together.
+pub(crate) struct FrameWriter<W> {
+    stream: W,
+    gather: Gather,
+}
+
+impl<W: AsyncWrite + Unpin> FrameWriter<W> {
+    pub(crate) fn new(stream: W) -> Self {
+        Self { stream, gather: Gather::default() }
+    }
+
+    /// Adds a frame to what the next flush writes.
+    pub(crate) fn push(&mut self, frame: &PeerFrame, body: &Body) -> io::Result<()> {
+        self.gather.copy(&encode_frame(frame, body.size()).map_err(io::Error::other)?);
+        match body {
+            Body::Bytes(bytes) => self.gather.share(bytes),
+            Body::Batches(batches) => batches.iter().for_each(|batch| self.gather.batch(batch)),
+        }
+        Ok(())
+    }
+
+    /// Whether what was pushed is enough for one write.
+    pub(crate) fn is_full(&self) -> bool {
+        self.gather.size() >= WRITE_SIZE
+    }
+
+    /// Writes what was pushed.
+    pub(crate) async fn flush(&mut self) -> io::Result<()> {
+        let mut slices = self.gather.slices();
+        let mut rest = slices.as_mut_slice();
+        while !rest.is_empty() {
+            let count = rest.len().min(SLICE_COUNT_MAX);
+            match self.stream.write_vectored(&rest[..count]).await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                written => IoSlice::advance_slices(&mut rest, written),
             }
         }
+        self.gather.clear();
+        // TLS may hold back what the socket had no room for.
+        self.stream.flush().await
     }
-    Ok(())
 }

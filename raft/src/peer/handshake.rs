@@ -14,9 +14,9 @@ use std::io;
 use arqon_proto::{NodeId, wire, wire::peer_frame::Body as Message};
 use rand::Rng;
 use ring::hmac;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::framed::{Body, FrameReader, write_frame};
+use super::framed::{Body, FrameReader, FrameWriter};
 
 const PROTOCOL_VERSION: u32 = 1;
 const NONCE_SIZE: usize = 32;
@@ -70,7 +70,7 @@ impl Secret {
     pub(crate) async fn dial<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         &self,
         reader: &mut FrameReader<R>,
-        writer: &mut W,
+        writer: &mut FrameWriter<W>,
         node: NodeId,
         target: NodeId,
         bulk: bool,
@@ -102,7 +102,7 @@ impl Secret {
     pub(crate) async fn accept<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         &self,
         reader: &mut FrameReader<R>,
-        writer: &mut W,
+        writer: &mut FrameWriter<W>,
         node: NodeId,
     ) -> io::Result<Dialler> {
         let result = self.accept_inner(reader, writer, node).await;
@@ -119,7 +119,7 @@ impl Secret {
     async fn accept_inner<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         &self,
         reader: &mut FrameReader<R>,
-        writer: &mut W,
+        writer: &mut FrameWriter<W>,
         node: NodeId,
     ) -> io::Result<Dialler> {
         let Message::Hello(hello) = receive(reader).await? else {
@@ -156,9 +156,8 @@ fn refuse(reason: String) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, reason)
 }
 
-async fn send<W: AsyncWrite + Unpin>(writer: &mut W, message: Message) -> io::Result<()> {
-    let frame = wire::PeerFrame { body: Some(message), ..Default::default() };
-    write_frame(writer, &frame, &Body::EMPTY).await?;
+async fn send<W: AsyncWrite + Unpin>(writer: &mut FrameWriter<W>, message: Message) -> io::Result<()> {
+    writer.push(&wire::PeerFrame { body: Some(message), ..Default::default() }, &Body::EMPTY)?;
     writer.flush().await
 }
 
@@ -177,9 +176,10 @@ mod tests {
 
     async fn shake(dialler: &Secret, acceptor: &Secret, target: u64) -> (io::Result<()>, io::Result<Dialler>) {
         let (a, b) = tokio::io::duplex(64 << 10);
-        let (a_read, mut a_write) = tokio::io::split(a);
-        let (b_read, mut b_write) = tokio::io::split(b);
-        let (mut a_read, mut b_read) = (FrameReader::new(a_read), FrameReader::new(b_read));
+        let (a_read, a_write) = tokio::io::split(a);
+        let (b_read, b_write) = tokio::io::split(b);
+        let (mut a_read, mut a_write) = (FrameReader::new(a_read), FrameWriter::new(a_write));
+        let (mut b_read, mut b_write) = (FrameReader::new(b_read), FrameWriter::new(b_write));
         tokio::join!(
             async {
                 let result = dialler.dial(&mut a_read, &mut a_write, NodeId(1), NodeId(target), false).await;

@@ -10,14 +10,13 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 use tokio::{
-    io::{AsyncWriteExt, BufWriter},
     net::TcpStream,
     sync::{Semaphore, mpsc},
     time::timeout,
 };
 
 use super::{
-    framed::{Body, FrameReader, write_frame},
+    framed::{Body, FrameReader, FrameWriter},
     handshake::Dialler,
     secure,
 };
@@ -33,7 +32,6 @@ const ANSWER_COUNT_MAX: usize = 1024;
 const CONCURRENT_MAX: usize = 512;
 /// Appends of one session handed to openraft and not answered.
 const SESSION_DEPTH_MAX: usize = 256;
-const WRITE_BUFFER_SIZE: usize = 64 << 10;
 
 type Answers = mpsc::Sender<(PeerFrame, Body)>;
 
@@ -42,7 +40,7 @@ pub(crate) async fn serve(host: Arc<HostInner>, stream: TcpStream) -> io::Result
     let accepting = async {
         let (reader, writer) = secure::accept(stream, host.tls.as_ref()).await?;
         let mut reader = FrameReader::new(reader);
-        let mut writer = BufWriter::with_capacity(WRITE_BUFFER_SIZE, writer);
+        let mut writer = FrameWriter::new(writer);
         let dialler = host.secret.accept(&mut reader, &mut writer, host.node).await?;
         Ok::<_, io::Error>((reader, writer, dialler))
     };
@@ -69,13 +67,15 @@ pub(crate) async fn serve(host: Arc<HostInner>, stream: TcpStream) -> io::Result
 }
 
 async fn write_answers(
-    mut writer: BufWriter<secure::Writer>,
+    mut writer: FrameWriter<secure::Writer>,
     mut queue: mpsc::Receiver<(PeerFrame, Body)>,
 ) -> io::Result<()> {
     while let Some((frame, body)) = queue.recv().await {
-        write_frame(&mut writer, &frame, &body).await?;
-        while let Ok((frame, body)) = queue.try_recv() {
-            write_frame(&mut writer, &frame, &body).await?;
+        writer.push(&frame, &body)?;
+        while !writer.is_full()
+            && let Ok((frame, body)) = queue.try_recv()
+        {
+            writer.push(&frame, &body)?;
         }
         writer.flush().await?;
     }

@@ -9,7 +9,6 @@ use std::{
 use arqon_proto::{NodeId, limits, wire::PeerFrame, wire::peer_frame::Body as Message};
 use bytes::Bytes;
 use tokio::{
-    io::{AsyncWriteExt, BufWriter},
     net::TcpStream,
     sync::{Notify, Semaphore, mpsc, oneshot, watch},
     time::{Instant, timeout},
@@ -17,7 +16,7 @@ use tokio::{
 
 use super::{
     Failure, PeerTls, Secret,
-    framed::{Body, FrameReader, write_frame},
+    framed::{Body, FrameReader, FrameWriter},
     secure,
 };
 
@@ -27,7 +26,6 @@ const QUEUE_COUNT_MAX: usize = 1024;
 const IN_FLIGHT_SIZE_MAX: usize = 32 << 20;
 /// From here on, answers that nobody waits for any more are swept out on every request.
 const WAITING_COUNT_SWEEP: usize = 4096;
-const WRITE_BUFFER_SIZE: usize = 64 << 10;
 const BACKOFF_MS_MIN: u64 = 25;
 const BACKOFF_MS_MAX: u64 = 500;
 
@@ -160,7 +158,7 @@ async fn run(
 
 struct Link {
     reader: FrameReader<secure::Reader>,
-    writer: BufWriter<secure::Writer>,
+    writer: FrameWriter<secure::Writer>,
 }
 
 async fn dial(target: &Target) -> std::io::Result<Link> {
@@ -171,7 +169,7 @@ async fn dial(target: &Target) -> std::io::Result<Link> {
     let stream = TcpStream::connect(&address).await?;
     let (reader, writer) = secure::connect(stream, &address, target.tls.as_ref()).await?;
     let mut reader = FrameReader::new(reader);
-    let mut writer = BufWriter::with_capacity(WRITE_BUFFER_SIZE, writer);
+    let mut writer = FrameWriter::new(writer);
     target.secret.dial(&mut reader, &mut writer, target.own_node, target.node, target.bulk).await?;
     Ok(Link { reader, writer })
 }
@@ -222,7 +220,11 @@ async fn converse(link: Link, requests: &mut mpsc::Receiver<Request>, reset: &No
                 continue;
             }
             waiting.insert(request.frame.request_id, request.reply);
-            if let Err(error) = write_frame(&mut writer, &request.frame, &request.body).await {
+            let mut written = writer.push(&request.frame, &request.body);
+            if writer.is_full() {
+                written = written.and(writer.flush().await);
+            }
+            if let Err(error) = written {
                 return Some(error.to_string());
             }
         }
