@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use openraft::{Config, SnapshotPolicy};
 
-/// Heartbeats go out this often, in milliseconds.
+/// Leaders show life this often, in milliseconds.
 pub(crate) const HEARTBEAT_MS: u64 = 250;
-/// openraft waits for the leader's lease ([`ELECTION_MS_MAX`] since its last sign of life) and then
-/// a random part between the two, so a dead leader is replaced after 1.6 to 2 s. A live one must
+/// A leader is given up after its lease ([`ELECTION_MS_MAX`] since its last sign of life) and then
+/// a random time between the two, so a dead leader is replaced after 1.6 to 2 s. A live one must
 /// miss six heartbeats before anybody asks for votes, and pre-votes are refused meanwhile.
-const ELECTION_MS_MIN: u64 = 600;
+pub(crate) const ELECTION_MS_MIN: u64 = 600;
 /// See [`ELECTION_MS_MIN`].
-const ELECTION_MS_MAX: u64 = 1_000;
+pub(crate) const ELECTION_MS_MAX: u64 = 1_000;
 
 pub(crate) fn raft_config(cluster: &str) -> Arc<Config> {
     let config = Config {
@@ -20,6 +20,8 @@ pub(crate) fn raft_config(cluster: &str) -> Arc<Config> {
         heartbeat_min_interval: Some(HEARTBEAT_MS),
         election_timeout_min: ELECTION_MS_MIN,
         election_timeout_max: ELECTION_MS_MAX,
+        // Switched on by `pulse.rs` for groups that need an election.
+        enable_tick: false,
         enable_pre_vote: Some(true),
         enable_leader_restore: Some(false),
         allow_log_reversion: Some(false),

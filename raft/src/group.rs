@@ -20,6 +20,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use crate::{
     host::Raft,
     machine::{Machine, Readable, StateMachine},
+    pulse::Pulse,
     types::{Applied, CommittedLeaderId, Reply, TypeConfig},
 };
 
@@ -75,6 +76,7 @@ struct Inner {
     id: GroupId,
     replica: ReplicaId,
     raft: Raft,
+    pulse: Arc<Pulse>,
     log: Log,
     readable: watch::Receiver<Readable>,
     status: watch::Receiver<Status>,
@@ -125,7 +127,7 @@ impl Group {
     pub(crate) fn new(
         id: GroupId,
         replica: ReplicaId,
-        raft: Raft,
+        (raft, pulse): (Raft, Arc<Pulse>),
         log: Log,
         readable: watch::Receiver<Readable>,
         blank: Box<dyn StateMachine>,
@@ -134,7 +136,8 @@ impl Group {
         let (status_tx, status) = watch::channel(first);
         tokio::spawn(follow_status(raft.clone(), log.clone(), readable.clone(), status_tx));
         let uncommitted = Arc::new(Semaphore::new(limits::UNCOMMITTED_SIZE_MAX));
-        Self { inner: Arc::new(Inner { id, replica, raft, log, readable, status, uncommitted, blank: blank.into() }) }
+        let blank = blank.into();
+        Self { inner: Arc::new(Inner { id, replica, raft, pulse, log, readable, status, uncommitted, blank }) }
     }
 
     /// The group.
@@ -157,6 +160,14 @@ impl Group {
 
     pub(crate) fn raft(&self) -> &Raft {
         &self.inner.raft
+    }
+
+    pub(crate) fn pulse(&self) -> &Pulse {
+        &self.inner.pulse
+    }
+
+    pub(crate) fn has_stopped(&self) -> bool {
+        self.inner.log.poisoned().is_some() || stopped(&self.inner.raft).is_some()
     }
 
     /// Submits a batch in the order of calls. `term` is the term in which the caller checked its

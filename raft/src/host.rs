@@ -3,8 +3,8 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io,
-    sync::{Arc, PoisonError, RwLock},
-    time::Duration,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, atomic::AtomicU64},
+    time::{Duration, Instant},
 };
 
 use arqon_proto::{GroupId, NodeId, ReplicaId, wire};
@@ -28,6 +28,7 @@ use crate::{
         incoming,
         outgoing::{Outgoing, Target},
     },
+    pulse::{self, Pulse},
     store::{InstalledSlot, LogStore},
     types::{ReplicaAt, TypeConfig},
 };
@@ -118,7 +119,7 @@ pub enum ForwardError {
 /// Answers requests that other nodes forward: (from, kind, body).
 pub type ForwardHandler = Arc<dyn Fn(NodeId, String, Bytes) -> BoxFuture<'static, Result<Bytes, String>> + Send + Sync>;
 
-enum Replica {
+pub(crate) enum Replica {
     Running(Group),
     Quarantined { replica: ReplicaId, reason: String },
 }
@@ -137,7 +138,8 @@ pub(crate) struct HostInner {
     peers: RwLock<BTreeMap<NodeId, PeerEntry>>,
     groups: RwLock<HashMap<GroupId, Replica>>,
     forward: RwLock<Option<ForwardHandler>>,
-    stopping: watch::Sender<bool>,
+    pub stopping: watch::Sender<bool>,
+    started: Instant,
 }
 
 /// All groups of a node and its peer transport. Cheap to clone.
@@ -168,7 +170,8 @@ impl HostInner {
                 address: watched.clone(),
             })
         };
-        PeerEntry { address, peer: Arc::new(Peer { control: start(false), bulk: start(true) }) }
+        let peer = Peer { control: start(false), bulk: start(true), answered_ms: AtomicU64::new(0) };
+        PeerEntry { address, peer: Arc::new(peer) }
     }
 
     /// The Raft of a local replica, or what to answer a peer that asks for it.
@@ -193,6 +196,15 @@ impl HostInner {
             Some(handler) => handler(from, kind, body).await,
             None => Err("node is starting".into()),
         }
+    }
+
+    /// Milliseconds on this host's own clock; never 0.
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64 + 1
+    }
+
+    pub(crate) fn lock_groups(&self) -> RwLockReadGuard<'_, HashMap<GroupId, Replica>> {
+        self.groups.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn groups(&self) -> Vec<Group> {
@@ -221,8 +233,10 @@ impl Host {
             groups: RwLock::default(),
             forward: RwLock::default(),
             stopping: watch::Sender::new(false),
+            started: Instant::now(),
         });
         tokio::spawn(accept(inner.clone(), options.peer_listener));
+        tokio::spawn(pulse::run(inner.clone()));
         Self { inner }
     }
 
@@ -274,12 +288,13 @@ impl Host {
         let (readable_tx, readable) = watch::channel(Readable::default());
         let blank = machine.fresh();
         let machine = Machine::open(machine, log.clone(), installed.clone(), readable_tx).map_err(io)?;
-        let network = Network { host: self.inner.clone(), group: group.0 };
+        let pulse = Arc::new(Pulse::new(&self.inner, spec.first));
+        let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone() };
         let store = LogStore::new(log.clone(), installed);
         let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)
             .await
             .map_err(|fatal| io(io::Error::other(fatal)))?;
-        let handle = Group::new(group, replica, raft.clone(), log, readable, blank);
+        let handle = Group::new(group, replica, (raft.clone(), pulse), log, readable, blank);
         let running = Replica::Running(handle.clone());
         self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, running);
         self.initialise(&spec, raft).await;

@@ -5,7 +5,8 @@
 //!       ▲                              │  ▲
 //!       │ StateMachine::apply          │  └── incoming.rs ◄── peers
 //!       └── machine.rs ◄───────────────┤
-//!                                      └── network.rs ──► outgoing.rs ──► peers
+//!                                      ├── network.rs ──► outgoing.rs ──► peers
+//!                                      └── pulse.rs: heartbeats and election timers of all groups
 //! ```
 //!
 //! openraft appears nowhere outside this crate. Its version is pinned, and the settings that
@@ -17,6 +18,7 @@ mod host;
 mod machine;
 mod network;
 mod peer;
+mod pulse;
 mod rpc;
 mod store;
 mod types;

@@ -12,7 +12,11 @@ use arqon_proto::{
     wire::{self, PeerFrame, append_reply, peer_frame::Body as Message},
 };
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt, future::BoxFuture, stream::BoxStream};
+use futures_util::{
+    Stream, StreamExt,
+    future::BoxFuture,
+    stream::{self, BoxStream},
+};
 use openraft::{
     RPCTypes,
     errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable},
@@ -26,6 +30,7 @@ use openraft::{
 use crate::{
     host::HostInner,
     peer::{Failure, framed::Body, outgoing::Outgoing},
+    pulse::Pulse,
     types::{
         ReplicaAt, Snapshot, TypeConfig, Vote, from_wire_log_id, from_wire_vote, into_batch, wire_log_id,
         wire_membership, wire_vote,
@@ -47,12 +52,13 @@ static NEXT_SESSION: AtomicU64 = AtomicU64::new(1);
 pub(crate) struct Network {
     pub host: Arc<HostInner>,
     pub group: u64,
+    pub pulse: Arc<Pulse>,
 }
 
 impl Network {
-    fn client(&self, target: u64, at: ReplicaAt) -> Client {
+    fn client(&self, target: u64, at: ReplicaAt, heartbeats: Option<Arc<Pulse>>) -> Client {
         let peer = self.host.peer(NodeId(at.node));
-        Client { own: self.host.node.0, group: self.group, target, peer }
+        Client { own: self.host.node.0, group: self.group, target, peer, heartbeats }
     }
 }
 
@@ -60,7 +66,12 @@ impl RaftNetworkFactory<TypeConfig> for Network {
     type Network = Client;
 
     async fn new_client(&mut self, target: u64, node: &ReplicaAt) -> Client {
-        self.client(target, *node)
+        self.client(target, *node, None)
+    }
+
+    /// On the control connection: neither behind bulk nor as a session of appends.
+    async fn new_heartbeat_client(&mut self, target: u64, node: &ReplicaAt) -> Client {
+        self.client(target, *node, Some(self.pulse.clone()))
     }
 }
 
@@ -68,6 +79,8 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 pub(crate) struct Peer {
     pub control: Outgoing,
     pub bulk: Outgoing,
+    /// When the last signs of life left that the node has answered, on the host's clock.
+    pub answered_ms: AtomicU64,
 }
 
 /// Talks to one replica of one group.
@@ -76,6 +89,8 @@ pub(crate) struct Client {
     group: u64,
     target: u64,
     peer: Arc<Peer>,
+    /// Set where this client carries heartbeats.
+    heartbeats: Option<Arc<Pulse>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +141,17 @@ impl Client {
         let vote = reply.vote.as_ref().and_then(from_wire_vote).ok_or_else(|| unexpected("a malformed vote"))?;
         Ok(VoteResponse::new(vote, reply.last.map(from_wire_log_id), reply.granted))
     }
+
+    async fn heartbeat(
+        &self,
+        pulse: &Pulse,
+        mut input: impl Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin,
+    ) -> Rpc<StreamAppendResult<TypeConfig>> {
+        let rpc = input.next().await.ok_or_else(|| unexpected("a stream without a heartbeat"))?;
+        pulse.prove();
+        let (message, _) = append_frame(rpc);
+        stream_result(self.control(message, RPCTypes::AppendEntries).await?)
+    }
 }
 
 fn unexpected(what: &'static str) -> RPCError<TypeConfig> {
@@ -159,7 +185,7 @@ fn stream_result(message: Message) -> Rpc<StreamAppendResult<TypeConfig>> {
 impl RaftNetworkV2<TypeConfig> for Client {
     type SnapshotData = Bytes;
 
-    /// Heartbeats come this way; replication uses [`Self::stream_append`].
+    /// openraft itself uses [`Self::stream_append`] only.
     async fn append_entries(
         &mut self,
         rpc: AppendEntriesRequest<TypeConfig>,
@@ -197,6 +223,10 @@ impl RaftNetworkV2<TypeConfig> for Client {
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
     {
         let this = &*self;
+        if let Some(pulse) = &self.heartbeats {
+            let answer: BoxStream<'s, _> = Box::pin(stream::once(this.heartbeat(pulse, input)));
+            return Box::pin(std::future::ready(Ok(answer)));
+        }
         let session = NEXT_SESSION.fetch_add(1, Relaxed);
         let answers = input
             .then(move |rpc| async move {

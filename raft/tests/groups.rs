@@ -133,6 +133,24 @@ async fn what_is_acknowledged_is_on_every_replica_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_does_nothing_keeps_its_leader() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.publish(1).await;
+    let (_, leader) = cluster.leader().await;
+    let term = leader.group.status().term;
+    // Longer than an election time-out and than openraft's own heartbeats are apart.
+    let changes = cluster.running().map(|node| {
+        let mut watch = node.group.watch();
+        Box::pin(async move { watch.wait_for(|status| status.term != term).await.map(|status| status.clone()).ok() })
+    });
+    let changed = timeout(Duration::from_secs(5), futures_util::future::select_all(changes)).await;
+    assert!(changed.is_err(), "{:?}", changed.map(|(status, _, _)| status));
+    for id in 1..=3 {
+        cluster.stop(id).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_goes_is_replaced_and_catches_up_when_it_returns() {
     let mut cluster = Cluster::start(3).await;
     cluster.publish(1).await;

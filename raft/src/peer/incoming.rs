@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     host::HostInner,
-    rpc,
+    pulse, rpc,
     types::{LogId, TypeConfig, from_wire_log_id, from_wire_vote, into_entry, wire_log_id, wire_vote},
 };
 
@@ -240,6 +240,9 @@ async fn handle(
             }
             Err(error) => (Message::ForwardReply(wire::ForwardedReply { ok: false, error }), Body::EMPTY),
         };
+    }
+    if let Some(answer) = pulse::answer(host, group, replica, &message) {
+        return (answer, Body::EMPTY);
     }
     let raft = match host.raft(group, replica) {
         Ok(raft) => raft,
