@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use arqon_sdk::{Client, Consumer, ConsumerOptions, Delivery, Durability, From, NewEvent, Producer, ProducerOptions};
+use arqon_sdk::{
+    Client, Consumer, ConsumerOptions, Delivery, Durability, From, NewEvent, Producer, ProducerOptions, Receipt,
+};
 use hdrhistogram::Histogram;
 use tokio::{
     sync::mpsc,
@@ -22,7 +24,7 @@ const ROUND_SIZE_MAX: u64 = 1 << 30;
 /// Time without any message after which a reading round has failed.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// A sender that is later than this has been held up, and the hold-up counts as latency.
-const LATE_MAX: Duration = Duration::from_millis(2);
+pub const LATE_MAX: Duration = Duration::from_millis(2);
 
 /// What one round measured.
 #[derive(Clone, Copy, Debug, Default)]
@@ -49,18 +51,21 @@ pub struct Pace {
 }
 
 /// Latencies from 1 us to 60 s, to three digits.
-struct Latencies(Histogram<u64>);
+pub struct Latencies(Histogram<u64>);
 
 impl Latencies {
-    fn new() -> Self {
+    /// None yet.
+    pub fn new() -> Self {
         Self(Histogram::new_with_bounds(1, 60_000_000, 3).expect("the bounds are in order"))
     }
 
-    fn record(&mut self, latency: Duration) {
+    /// One more.
+    pub fn record(&mut self, latency: Duration) {
         self.0.saturating_record((latency.as_micros() as u64).max(1));
     }
 
-    fn measured(&self, messages: u64, seconds: f64) -> Measured {
+    /// With `messages` in `seconds`.
+    pub fn measured(&self, messages: u64, seconds: f64) -> Measured {
         let at = |quantile| self.0.value_at_quantile(quantile) as f64;
         Measured { messages, seconds, p50_us: at(0.5), p99_us: at(0.99) }
     }
@@ -72,8 +77,16 @@ async fn producer(client: &Client, topic: &str, linger: Duration) -> Result<Prod
 }
 
 /// The receipt, which must promise what the report says.
-async fn acknowledged(delivery: Delivery) -> Result<(), String> {
-    let receipt = delivery.await.map_err(|error| format!("publish: {error}"))?;
+///
+/// # Errors
+/// The message was not written, or less is promised.
+pub async fn acknowledged(delivery: Delivery) -> Result<(), String> {
+    promised(&delivery.await.map_err(|error| format!("publish: {error}"))?)
+}
+
+/// # Errors
+/// Less is promised than that the message is on the disks of a majority.
+pub fn promised(receipt: &Receipt) -> Result<(), String> {
     match receipt.durability {
         Durability::MajorityFsync => Ok(()),
         other => Err(format!("an acknowledgement promises {other:?} instead of majority-fsync")),
@@ -151,7 +164,7 @@ async fn consumer(client: &Client, topic: &str, from: From, stop_at_end: bool) -
 }
 
 /// Checks that each message comes once, whole, and in the order of its partition.
-struct Received {
+pub struct Received {
     seen: Vec<bool>,
     /// Per partition: the index read last.
     last: Vec<Option<u64>>,
@@ -159,13 +172,37 @@ struct Received {
 }
 
 impl Received {
-    fn new(count: u64) -> Self {
+    /// Of messages 0 to `count`.
+    pub fn new(count: u64) -> Self {
         Self { seen: vec![false; count as usize], last: Vec::new(), count: 0 }
     }
 
-    fn take(&mut self, payloads: &Payloads, event: &arqon_sdk::Event) -> Result<u64, String> {
+    /// Messages so far.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// One event; gives its index.
+    ///
+    /// # Errors
+    /// As [`Received::take_payload`].
+    pub fn take(&mut self, payloads: &Payloads, event: &arqon_sdk::Event) -> Result<u64, String> {
         let place = || format!("partition {} offset {}", event.partition, event.offset);
-        let Some(index) = payloads.check(&event.payload) else {
+        self.take_payload(payloads, &event.payload, event.partition, place)
+    }
+
+    /// One payload that came from `place`; gives its index.
+    ///
+    /// # Errors
+    /// It is not as published, comes again, or comes after a later one of its partition.
+    pub fn take_payload(
+        &mut self,
+        payloads: &Payloads,
+        payload: &[u8],
+        partition: u32,
+        place: impl Fn() -> String,
+    ) -> Result<u64, String> {
+        let Some(index) = payloads.check(payload) else {
             return Err(format!("{}: the payload is not what was published", place()));
         };
         match self.seen.get_mut(index as usize) {
@@ -173,7 +210,7 @@ impl Received {
             Some(true) => return Err(format!("{}: message {index} comes twice", place())),
             Some(seen) => *seen = true,
         }
-        let partition = event.partition as usize;
+        let partition = partition as usize;
         if self.last.len() <= partition {
             self.last.resize(partition + 1, None);
         }

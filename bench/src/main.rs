@@ -6,12 +6,14 @@
 //!         ├─ load       the clients: publish, one at a time, fetch, publish to consume
 //!         ├─ cpu        what the nodes used, from /proc
 //!         └─ report     medians of the rounds, as a table or JSON
+//!   nats                 the same work on NATS JetStream
 //!   rounds               what durable writes to many files cost, each way to ask the disk
 //! ```
 
 mod cpu;
 mod disk;
 mod load;
+mod nats;
 mod own;
 mod payload;
 mod report;
@@ -37,6 +39,8 @@ enum Command {
     Own(own::OwnArgs),
     /// The disk alone: rounds of writes over many files, made durable in each possible way
     Rounds(rounds::RoundsArgs),
+    /// The same work on this bus and on NATS JetStream, in turn
+    Nats(nats::NatsArgs),
 }
 
 impl Command {
@@ -47,6 +51,7 @@ impl Command {
                 let as_json = args.json;
                 own::run(args).await.map(|report| if as_json { report.json() } else { report.table() })
             }
+            Self::Nats(args) => nats::run(args).await,
             Self::Rounds(args) => {
                 let as_json = args.json;
                 rounds::run(args).await.map(|rounds| if as_json { rounds.json() } else { rounds.table() })

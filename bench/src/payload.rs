@@ -35,12 +35,22 @@ impl Payloads {
         &self.pool[begin..begin + self.size - INDEX_SIZE]
     }
 
+    /// Bytes of each payload.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
     /// The payload of message `index`.
     pub fn make(&self, index: u64) -> Vec<u8> {
         let mut out = Vec::with_capacity(self.size);
+        self.append(index, &mut out);
+        out
+    }
+
+    /// Appends the payload of message `index`.
+    pub fn append(&self, index: u64, out: &mut Vec<u8>) {
         out.extend_from_slice(&index.to_le_bytes());
         out.extend_from_slice(self.random(index));
-        out
     }
 
     /// The index of a payload, unless a byte of it is not as made.

@@ -88,13 +88,12 @@ impl Report {
     /// A report of this moment and machine.
     pub fn new(cases: Vec<Case>, disk: Disk, window: u32, linger: Duration, rounds: u32) -> Self {
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
             cases,
             disk,
             kernel,
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
-            date: date_text(since.as_secs()),
+            date: date_now(),
             rounds,
             window,
             linger_ms: linger.as_secs_f64() * 1e3,
@@ -158,6 +157,11 @@ pub fn median(values: &[f64]) -> f64 {
 pub fn percentile(sorted: &[f64], part: f64) -> f64 {
     let index = (sorted.len() as f64 * part) as usize;
     sorted.get(index.min(sorted.len().saturating_sub(1))).copied().unwrap_or(0.0)
+}
+
+/// Now, in RFC 3339 and UTC.
+pub fn date_now() -> String {
+    date_text(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
 }
 
 /// RFC 3339 in UTC. Days to date as in "chrono-Compatible Low-Level Date Algorithms" (Hinnant).

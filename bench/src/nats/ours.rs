@@ -1,0 +1,299 @@
+//! This bus: its nodes, its Shield, and its clients through the SDK.
+
+use std::{
+    collections::VecDeque,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use arqon_jepsen::Cluster;
+use arqon_sdk::{Client, ConsumerOptions, Delivery, From, Job, NewEvent, Options, ProducerOptions, WorkerOptions};
+use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+    time::{Instant, timeout},
+};
+
+use super::cases::Setting;
+use crate::{
+    load::{Latencies, Measured, Received, acknowledged},
+    payload::Payloads,
+};
+
+/// Time for the Shield to say that it is ready.
+const SHIELD_TIME_MAX: Duration = Duration::from_secs(20);
+/// The client looks for receipts after so many messages.
+const LOOK_COUNT: u64 = 64;
+/// Time without a job after which a round has failed.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+
+/// Nodes, with a client connected.
+pub struct Ours {
+    cluster: Cluster,
+    arqon: PathBuf,
+    data: PathBuf,
+    client: Client,
+    shield: Option<Shield>,
+}
+
+struct Shield {
+    child: Child,
+    client: Client,
+}
+
+/// What is published, and how long.
+pub struct Publish<'a> {
+    /// Payloads.
+    pub payloads: &'a Payloads,
+    /// How.
+    pub setting: Setting,
+    /// How long a message may wait for company.
+    pub linger: Duration,
+    /// Length of the round.
+    pub time: Duration,
+    /// Most messages.
+    pub count_max: u64,
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+impl Ours {
+    /// Starts `nodes` nodes with their data below `dir`, and a Shield when one is needed.
+    ///
+    /// # Errors
+    /// What does not start.
+    pub async fn start(arqon: PathBuf, dir: &Path, nodes: usize, with_shield: bool) -> Result<Self, String> {
+        let cluster = Cluster::start(arqon.clone(), dir, nodes as u32).await.map_err(text)?;
+        let data = newest_cluster(dir)?;
+        let client = connect(cluster.server(), cluster.token()).await?;
+        let shield = match with_shield {
+            true => Some(Shield::start(&arqon, &data, &cluster).await?),
+            false => None,
+        };
+        Ok(Self { cluster, arqon, data, client, shield })
+    }
+
+    /// Process ids of the nodes and the Shield.
+    pub fn pids(&self) -> Vec<u32> {
+        let mut pids = self.cluster.pids();
+        pids.extend(self.shield.as_ref().and_then(|shield| shield.child.id()));
+        pids
+    }
+
+    /// The data directory of each node.
+    pub fn stores(&self) -> Vec<PathBuf> {
+        self.cluster.nodes().iter().map(|number| self.data.join(format!("node-{number}"))).collect()
+    }
+
+    /// The client; through the Shield if so asked and if there is one.
+    pub fn client(&self, through_shield: bool) -> &Client {
+        match &self.shield {
+            Some(shield) if through_shield => &shield.client,
+            _ => &self.client,
+        }
+    }
+
+    /// Makes a topic of one partition.
+    ///
+    /// # Errors
+    /// What the control plane says.
+    pub async fn create_topic(&self, topic: &str) -> Result<(), String> {
+        if !topic.ends_with(".jobs") {
+            return self.cluster.create_topic(topic, 1).await.map_err(text);
+        }
+        let first = self.cluster.server().split(',').next().unwrap_or_default();
+        let mut command = Command::new(&self.arqon);
+        command.args(["topic", "create", topic]).env("ARQON_SERVER", first).env("ARQON_TOKEN", self.cluster.token());
+        let output = command.stdin(Stdio::null()).kill_on_drop(true).output().await.map_err(text)?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(format!("cannot create topic {topic}: {}", String::from_utf8_lossy(&output.stderr).trim()))
+    }
+
+    /// Deletes a topic and its data.
+    ///
+    /// # Errors
+    /// What the control plane says.
+    pub async fn delete_topic(&self, topic: &str) -> Result<(), String> {
+        self.cluster.delete_topic(topic).await.map_err(text)
+    }
+}
+
+async fn connect(server: &str, token: &str) -> Result<Client, String> {
+    let mut options = Options::new([server], token);
+    options.client_name = "arqon-bench".to_owned();
+    Client::connect(options).await.map_err(text)
+}
+
+impl Shield {
+    /// A Shield as `arqon up` configures it, but without limits on the rate of messages.
+    async fn start(arqon: &Path, data: &Path, cluster: &Cluster) -> Result<Self, String> {
+        let given = data.join("shield.toml");
+        let config = data.join("shield-bench.toml");
+        let mut settings = std::fs::read_to_string(&given).map_err(|error| format!("{}: {error}", given.display()))?;
+        settings.push_str("\n[limits]\n");
+        for limit in ["connection_rate", "connection_burst", "tenant_rate", "tenant_burst"] {
+            settings.push_str(&format!("{limit} = {}\n", u32::MAX));
+        }
+        std::fs::write(&config, settings).map_err(|error| format!("{}: {error}", config.display()))?;
+        let mut command = Command::new(arqon);
+        command.args(["--parent-pid", &std::process::id().to_string(), "shield", "--config"]).arg(&config);
+        let log = std::fs::File::create(data.join("shield-bench.log")).map_err(text)?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).process_group(0).kill_on_drop(true);
+        let mut child = command.spawn().map_err(|error| format!("cannot start the Shield: {error}"))?;
+        let stdout = child.stdout.take().ok_or("the Shield has no output")?;
+        let mut lines = BufReader::new(stdout).lines();
+        let line = timeout(SHIELD_TIME_MAX, lines.next_line()).await.map_err(|_| "the Shield does not get ready")?;
+        let line = line.map_err(text)?.ok_or("the Shield ended while starting")?;
+        let ready: serde_json::Value = serde_json::from_str(&line).map_err(text)?;
+        let url = ready["shield"].as_str().ok_or("the Shield does not say where it listens")?;
+        Ok(Self { child, client: connect(url, cluster.token()).await? })
+    }
+}
+
+/// The cluster's directory: `Cluster` numbers its tries.
+fn newest_cluster(dir: &Path) -> Result<PathBuf, String> {
+    let entries = std::fs::read_dir(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    let clusters = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
+    let newest = clusters.filter(|path| path.join("node-1.toml").is_file()).max();
+    newest.ok_or_else(|| format!("{} holds no cluster", dir.display()))
+}
+
+/// Publishes with `setting.window` messages in flight; the latency is that of the receipt.
+///
+/// # Errors
+/// A message that was not acknowledged by a majority's disks.
+pub async fn publish(client: &Client, topic: &str, work: &Publish<'_>) -> Result<Measured, String> {
+    let options = ProducerOptions {
+        linger: work.linger,
+        batch_size: work.setting.batch_size,
+        buffer_size: 256 << 20,
+        ..ProducerOptions::default()
+    };
+    let producer = client.producer(topic, options).await.map_err(text)?;
+    let mut latencies = Latencies::new();
+    let mut waiting: VecDeque<(Instant, Delivery)> = VecDeque::with_capacity(work.setting.window);
+    let begin = Instant::now();
+    let mut index = 0;
+    while index < work.count_max {
+        let now = Instant::now();
+        if now - begin >= work.time {
+            break;
+        }
+        let delivery = producer.send(NewEvent::new(work.payloads.make(index))).await.map_err(text)?;
+        waiting.push_back((now, delivery));
+        index += 1;
+        if waiting.len() >= work.setting.window
+            && let Some((sent_at, delivery)) = waiting.pop_front()
+        {
+            acknowledged(delivery).await?;
+            latencies.record(sent_at.elapsed());
+        }
+        if index % LOOK_COUNT == 0 {
+            take_ready(&mut waiting, &mut latencies)?;
+        }
+    }
+    for (sent_at, delivery) in waiting {
+        acknowledged(delivery).await?;
+        latencies.record(sent_at.elapsed());
+    }
+    Ok(latencies.measured(index, begin.elapsed().as_secs_f64()))
+}
+
+/// The receipts that are there already.
+fn take_ready(waiting: &mut VecDeque<(Instant, Delivery)>, latencies: &mut Latencies) -> Result<(), String> {
+    while let Some((sent_at, delivery)) = waiting.front_mut() {
+        let Some(outcome) = delivery.now_or_never() else { break };
+        crate::load::promised(&outcome.map_err(|error| format!("publish: {error}"))?)?;
+        latencies.record(sent_at.elapsed());
+        waiting.pop_front();
+    }
+    Ok(())
+}
+
+/// Reads the `count` messages of a topic from the start and checks every byte, again and again
+/// until `time` is over.
+///
+/// # Errors
+/// A message that is missing, changed, doubled or out of order.
+pub async fn fetch(
+    client: &Client,
+    topic: &str,
+    payloads: &Payloads,
+    count: u64,
+    setting: Setting,
+    time: Duration,
+) -> Result<Measured, String> {
+    let begin = Instant::now();
+    let (mut messages, mut seconds) = (0, 0.0);
+    while messages == 0 || begin.elapsed() < time {
+        let mut received = Received::new(count);
+        let pass = Instant::now();
+        let bytes_max = setting.batch_size as u32;
+        let options =
+            ConsumerOptions { from: From::Earliest, stop_at_end: true, bytes_max, ..ConsumerOptions::default() };
+        let mut consumer = client.consumer(topic, options).await.map_err(text)?;
+        while let Some(event) = consumer.next().await.map_err(|error| format!("fetch: {error}"))? {
+            received.take(payloads, &event)?;
+        }
+        seconds += pass.elapsed().as_secs_f64();
+        if received.count() != count {
+            return Err(format!("fetch: {} of {count} acknowledged messages were read", received.count()));
+        }
+        messages += count;
+    }
+    Ok(Measured { messages, seconds, ..Measured::default() })
+}
+
+/// Takes jobs for at most `time` and acknowledges each without a result; what counts is what was
+/// confirmed. The latency is that of the confirmation.
+///
+/// # Errors
+/// A changed payload, or an acknowledgement that is not confirmed.
+pub async fn queue(
+    client: &Client,
+    topic: &str,
+    payloads: &Payloads,
+    count: u64,
+    setting: Setting,
+    time: Duration,
+) -> Result<Measured, String> {
+    let group = format!("g{:08x}", rand::random::<u32>());
+    let options = WorkerOptions { group, parallelism: setting.window, ..WorkerOptions::default() };
+    let mut worker = client.worker(topic, options).await.map_err(text)?;
+    let mut latencies = Latencies::new();
+    let mut received = Received::new(count);
+    let mut acks = FuturesUnordered::new();
+    let mut confirmed = 0;
+    let begin = Instant::now();
+    let mut taking = true;
+    while taking || !acks.is_empty() {
+        tokio::select! {
+            job = timeout(SILENCE_MAX, worker.next()), if taking => {
+                let job = job.map_err(|_| format!("no job came after {}", received.count()))?.map_err(text)?;
+                let job = job.ok_or("the worker ended before the jobs did")?;
+                received.take(payloads, &job.event)?;
+                acks.push(acknowledge(job));
+            }
+            Some(latency) = acks.next() => {
+                latencies.record(latency?);
+                confirmed += 1;
+            }
+        }
+        taking = taking && received.count() < count && begin.elapsed() < time;
+    }
+    let seconds = begin.elapsed().as_secs_f64();
+    worker.stop(SILENCE_MAX).await;
+    Ok(latencies.measured(confirmed, seconds))
+}
+
+async fn acknowledge(job: Job) -> Result<Duration, String> {
+    let begin = Instant::now();
+    job.ack().await.map_err(|error| format!("acknowledge {job:?}: {error}"))?;
+    Ok(begin.elapsed())
+}
