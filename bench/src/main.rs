@@ -8,6 +8,7 @@
 //!         └─ report     medians of the rounds, as a table or JSON
 //!   nats                 the same work on NATS JetStream
 //!   rounds               what durable writes to many files cost, each way to ask the disk
+//!   scale                partitions, restarts, old readers, greedy clients
 //! ```
 
 mod cpu;
@@ -18,6 +19,7 @@ mod own;
 mod payload;
 mod report;
 mod rounds;
+mod scale;
 
 use std::process::ExitCode;
 
@@ -39,6 +41,8 @@ enum Command {
     Own(own::OwnArgs),
     /// The disk alone: rounds of writes over many files, made durable in each possible way
     Rounds(rounds::RoundsArgs),
+    /// How cost grows with partitions, with the log, and with greedy clients; each with its target
+    Scale(scale::ScaleArgs),
     /// The same work on this bus and on NATS JetStream, in turn
     Nats(nats::NatsArgs),
 }
@@ -55,6 +59,10 @@ impl Command {
             Self::Rounds(args) => {
                 let as_json = args.json;
                 rounds::run(args).await.map(|rounds| if as_json { rounds.json() } else { rounds.table() })
+            }
+            Self::Scale(args) => {
+                let as_json = args.json;
+                scale::run(args).await.map(|table| if as_json { table.json() } else { table.table() })
             }
         }
     }
