@@ -51,11 +51,24 @@ pub struct Record {
 }
 
 impl Record {
+    /// The fields, borrowed.
+    #[must_use]
+    pub fn parts(&self) -> RecordParts<'_> {
+        RecordParts {
+            id: self.id,
+            event_type: self.event_type,
+            schema: &self.schema,
+            key: &self.key,
+            headers: &self.headers,
+            extension: &self.extension,
+            payload: &self.payload,
+        }
+    }
+
     /// Size of the encoded record in bytes.
     #[must_use]
     pub fn encoded_size(&self) -> usize {
-        let headers: usize = self.headers.iter().map(|(n, v)| HEADER_PREFIX_SIZE + n.len() + v.len()).sum();
-        FIXED_SIZE + self.schema.len() + self.key.len() + headers + self.extension.len() + self.payload.len()
+        self.parts().encoded_size()
     }
 
     /// Checks every limit on an event.
@@ -63,14 +76,50 @@ impl Record {
     /// # Errors
     /// The first field over its limit, or a schema name that is not one.
     pub fn check(&self) -> Result<(), DecodeError> {
+        self.parts().check()
+    }
+}
+
+/// The fields of an event to be written, borrowed from wherever they are; see [`Record`].
+#[derive(Clone, Copy, Debug)]
+pub struct RecordParts<'a> {
+    /// UUIDv7, 16 bytes.
+    pub id: [u8; 16],
+    /// Number of an [`EventType`].
+    pub event_type: u8,
+    /// Schema name or empty.
+    pub schema: &'a str,
+    /// Partitioning key or empty.
+    pub key: &'a [u8],
+    /// Names and values, in order.
+    pub headers: &'a [(String, String)],
+    /// Unknown protobuf fields of `Event`, kept as they are.
+    pub extension: &'a [u8],
+    /// The payload, opaque to the bus.
+    pub payload: &'a [u8],
+}
+
+impl RecordParts<'_> {
+    /// Size of the encoded record in bytes.
+    #[must_use]
+    pub fn encoded_size(&self) -> usize {
+        let headers: usize = self.headers.iter().map(|(n, v)| HEADER_PREFIX_SIZE + n.len() + v.len()).sum();
+        FIXED_SIZE + self.schema.len() + self.key.len() + headers + self.extension.len() + self.payload.len()
+    }
+
+    /// As [`Record::check`].
+    ///
+    /// # Errors
+    /// As [`Record::check`].
+    pub fn check(&self) -> Result<(), DecodeError> {
         at_most("payload", self.payload.len(), limits::PAYLOAD_SIZE_MAX)?;
         at_most("key", self.key.len(), limits::KEY_SIZE_MAX)?;
         at_most("headers", self.headers.len(), limits::HEADER_COUNT_MAX)?;
-        for (name, value) in &self.headers {
+        for (name, value) in self.headers {
             at_most("header name", name.len(), limits::HEADER_NAME_SIZE_MAX)?;
             at_most("header value", value.len(), limits::HEADER_VALUE_SIZE_MAX)?;
         }
-        check_schema(&self.schema).map_err(|_| DecodeError::Text { field: "schema" })?;
+        check_schema(self.schema).map_err(|_| DecodeError::Text { field: "schema" })?;
         at_most("event", self.encoded_size(), limits::RECORD_SIZE_MAX)
     }
 }
@@ -138,8 +187,7 @@ fn split_header(bytes: &[u8]) -> Option<(&str, &str, &[u8])> {
     Some((std::str::from_utf8(name).ok()?, std::str::from_utf8(value).ok()?, rest))
 }
 
-fn encode_record(record: &Record, out: &mut BytesMut) {
-    let size = record.encoded_size();
+fn encode_record(record: &RecordParts<'_>, size: usize, out: &mut BytesMut) {
     out.reserve(size);
     let mut fixed = [0u8; FIXED_SIZE];
     fixed[0..4].copy_from_slice(&((size - 4) as u32).to_le_bytes());
@@ -151,15 +199,15 @@ fn encode_record(record: &Record, out: &mut BytesMut) {
     fixed[16..32].copy_from_slice(&record.id);
     out.extend_from_slice(&fixed);
     out.extend_from_slice(record.schema.as_bytes());
-    out.extend_from_slice(&record.key);
-    for (name, value) in &record.headers {
+    out.extend_from_slice(record.key);
+    for (name, value) in record.headers {
         out.extend_from_slice(&(name.len() as u16).to_le_bytes());
         out.extend_from_slice(&(value.len() as u32).to_le_bytes());
         out.extend_from_slice(name.as_bytes());
         out.extend_from_slice(value.as_bytes());
     }
-    out.extend_from_slice(&record.extension);
-    out.extend_from_slice(&record.payload);
+    out.extend_from_slice(record.extension);
+    out.extend_from_slice(record.payload);
 }
 
 /// Reads the record at the front of `bytes` and gives the rest.
@@ -307,14 +355,25 @@ impl BatchBuilder {
         self.plain.len()
     }
 
+    /// An empty batch that is built in `buffer`, whose memory is used again.
+    #[must_use]
+    pub fn in_buffer(mut buffer: BytesMut) -> Self {
+        buffer.clear();
+        Self { plain: buffer, count: 0 }
+    }
+
     /// Whether `record` still fits.
     #[must_use]
     pub fn fits(&self, record: &Record) -> bool {
+        self.has_room(record.encoded_size())
+    }
+
+    /// Whether a record of `size` bytes still fits.
+    fn has_room(&self, size: usize) -> bool {
         // Room is left for the header and for a stamp per record.
         const ROOM: usize = limits::BATCH_SIZE_MAX - (64 << 10);
         let stamps = (self.count as usize + 1) * 24;
-        (self.count as usize) < limits::BATCH_RECORD_COUNT_MAX
-            && self.plain.len() + record.encoded_size() + stamps <= ROOM
+        (self.count as usize) < limits::BATCH_RECORD_COUNT_MAX && self.plain.len() + size + stamps <= ROOM
     }
 
     /// Adds a record.
@@ -322,14 +381,26 @@ impl BatchBuilder {
     /// # Errors
     /// The record breaks a limit on events, or does not fit any more; nothing was added.
     pub fn push(&mut self, record: &Record) -> Result<(), DecodeError> {
-        record.check()?;
-        if self.count > 0 && !self.fits(record) {
-            let size = self.plain.len() + record.encoded_size();
+        let parts = record.parts();
+        parts.check()?;
+        if !self.append(&parts) {
+            let size = self.plain.len() + parts.encoded_size();
             return Err(DecodeError::TooLarge { field: "batch", size, limit: limits::BATCH_SIZE_MAX });
         }
-        encode_record(record, &mut self.plain);
-        self.count += 1;
         Ok(())
+    }
+
+    /// Adds a record that has passed [`RecordParts::check`]; `false` when it does not fit any
+    /// more. The first always fits.
+    pub fn append(&mut self, record: &RecordParts<'_>) -> bool {
+        let size = record.encoded_size();
+        assert!(size <= limits::RECORD_SIZE_MAX, "a record is checked before it is added");
+        if self.count > 0 && !self.has_room(size) {
+            return false;
+        }
+        encode_record(record, size, &mut self.plain);
+        self.count += 1;
+        true
     }
 
     /// The finished batch; compression is kept only where it saves space.

@@ -1,7 +1,14 @@
 //! The two carriers of frames, with or without TLS: a TCP stream, or one binary WebSocket message
 //! per frame.
 
-use std::{io::IoSlice, time::Duration};
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    io::IoSlice,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use arqon_proto::{FRAME_PREFIX_SIZE, decode_frame, encode_frame, frame_size, limits, wire};
 use bytes::{Buf, Bytes, BytesMut};
@@ -10,7 +17,7 @@ use futures_util::{
     stream::{SplitSink, SplitStream},
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt},
     time::timeout,
 };
 use tokio_rustls::TlsConnector;
@@ -38,10 +45,10 @@ pub(crate) enum FrameReader {
     WebSocket(SplitStream<Socket>),
 }
 
-/// The sending half of a connection.
+/// The sending half of a connection, with what is to be written.
 pub(crate) enum FrameWriter {
-    Tcp(Writer),
-    WebSocket(SplitSink<Socket, Message>),
+    Tcp(Writer, VecDeque<Bytes>),
+    WebSocket(SplitSink<Socket, Message>, VecDeque<Message>),
 }
 
 impl FrameReader {
@@ -86,19 +93,20 @@ impl FrameReader {
 }
 
 impl FrameWriter {
-    /// Writes whole frames, each given as its pieces, and flushes.
-    pub(crate) async fn write(&mut self, frames: Vec<Vec<Bytes>>) -> Result<(), String> {
+    /// Takes a whole frame, given as its pieces, to be written by [`FrameWriter::poll_write`].
+    pub(crate) fn push(&mut self, frame: Vec<Bytes>) {
         match self {
-            Self::Tcp(stream) => {
-                let pieces = frames.into_iter().flatten().filter(|piece| !piece.is_empty()).collect();
-                write_pieces(stream, pieces).await.map_err(|error| error.to_string())
-            }
-            Self::WebSocket(sink) => {
-                for pieces in frames {
-                    let message = Message::Binary(join(pieces));
-                    sink.feed(message).await.map_err(|error| error.to_string())?;
-                }
-                sink.flush().await.map_err(|error| error.to_string())
+            Self::Tcp(_, pieces) => pieces.extend(frame.into_iter().filter(|piece| !piece.is_empty())),
+            Self::WebSocket(_, messages) => messages.push_back(Message::Binary(join(frame))),
+        }
+    }
+
+    /// Writes and flushes what was pushed; ready when all of it is with the system.
+    pub(crate) fn poll_write(&mut self, context: &mut Context<'_>) -> Poll<Result<(), String>> {
+        match self {
+            Self::Tcp(stream, pieces) => poll_pieces(stream, pieces, context).map_err(|error| error.to_string()),
+            Self::WebSocket(sink, messages) => {
+                poll_messages(sink, messages, context).map_err(|error| error.to_string())
             }
         }
     }
@@ -107,8 +115,8 @@ impl FrameWriter {
     pub(crate) async fn close(&mut self) {
         // The other side may be gone already: there is nothing left to do about it.
         let _ = match self {
-            Self::Tcp(stream) => stream.shutdown().await.map_err(|error| error.to_string()),
-            Self::WebSocket(sink) => sink.close().await.map_err(|error| error.to_string()),
+            Self::Tcp(stream, _) => stream.shutdown().await.map_err(|error| error.to_string()),
+            Self::WebSocket(sink, _) => sink.close().await.map_err(|error| error.to_string()),
         };
     }
 }
@@ -124,24 +132,46 @@ fn join(mut pieces: Vec<Bytes>) -> Bytes {
     out.freeze()
 }
 
-async fn write_pieces(stream: &mut Writer, mut pieces: Vec<Bytes>) -> std::io::Result<()> {
-    let mut first = 0;
-    while first < pieces.len() {
-        let slices: Vec<IoSlice<'_>> =
-            pieces[first..].iter().take(SLICE_COUNT_MAX).map(|piece| IoSlice::new(piece)).collect();
-        let mut written = stream.write_vectored(&slices).await?;
-        if written == 0 {
-            return Err(std::io::ErrorKind::WriteZero.into());
+fn poll_pieces(
+    stream: &mut Writer,
+    pieces: &mut VecDeque<Bytes>,
+    context: &mut Context<'_>,
+) -> Poll<std::io::Result<()>> {
+    while !pieces.is_empty() {
+        let mut slices = [IoSlice::new(&[]); SLICE_COUNT_MAX];
+        let count = pieces.len().min(SLICE_COUNT_MAX);
+        for (slice, piece) in slices.iter_mut().zip(pieces.iter()) {
+            *slice = IoSlice::new(piece);
         }
-        while written > 0 {
-            let step = written.min(pieces[first].len());
-            pieces[first].advance(step);
+        let mut written = ready!(Pin::new(&mut *stream).poll_write_vectored(context, &slices[..count]))?;
+        if written == 0 {
+            return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()));
+        }
+        while let Some(first) = pieces.front_mut().filter(|_| written > 0) {
+            let step = written.min(first.len());
+            first.advance(step);
             written -= step;
-            first += usize::from(pieces[first].is_empty());
+            if first.is_empty() {
+                pieces.pop_front();
+            }
         }
     }
     // TLS may hold back what the socket had no room for.
-    stream.flush().await
+    Pin::new(stream).poll_flush(context)
+}
+
+fn poll_messages(
+    sink: &mut SplitSink<Socket, Message>,
+    messages: &mut VecDeque<Message>,
+    context: &mut Context<'_>,
+) -> Poll<Result<(), tungstenite::Error>> {
+    while !messages.is_empty() {
+        ready!(sink.poll_ready_unpin(context))?;
+        if let Some(message) = messages.pop_front() {
+            sink.start_send_unpin(message)?;
+        }
+    }
+    sink.poll_flush_unpin(context)
 }
 
 /// Connects to `address` and shakes hands.
@@ -158,7 +188,7 @@ pub(crate) async fn dial(
         let (mut reader, mut writer) = match address {
             Address::Tcp(host) => {
                 let (reader, writer) = open_halves(host, tls).await.map_err(unreachable)?;
-                (FrameReader::Tcp(reader, BytesMut::new()), FrameWriter::Tcp(writer))
+                (FrameReader::Tcp(reader, BytesMut::new()), FrameWriter::Tcp(writer, VecDeque::new()))
             }
             Address::WebSocket(url) => open_websocket(url, options, tls).await?,
         };
@@ -171,7 +201,8 @@ pub(crate) async fn dial(
         };
         let frame = wire::Frame { request_id: 0, body: Some(Body::Hello(hello)) };
         let frame = encode_frame(&frame, 0).map_err(|_| Error::invalid("token", "is too long"))?;
-        writer.write(vec![vec![frame]]).await.map_err(unreachable)?;
+        writer.push(vec![frame]);
+        poll_fn(|context| writer.poll_write(context)).await.map_err(unreachable)?;
         let answer = reader.next().await.map_err(|reason| unreachable(reader.explain(reason)))?;
         let (answer, _) = decode_frame::<wire::Frame>(answer)
             .map_err(|source| Error::BadData { server: address.to_string(), source })?;
@@ -211,7 +242,7 @@ async fn open_websocket(
     match client_async_with_config(request, stream, Some(config)).await {
         Ok((socket, _)) => {
             let (sink, stream) = socket.split();
-            Ok((FrameReader::WebSocket(stream), FrameWriter::WebSocket(sink)))
+            Ok((FrameReader::WebSocket(stream), FrameWriter::WebSocket(sink, VecDeque::new())))
         }
         Err(tungstenite::Error::Http(response)) => {
             let status = response.status();

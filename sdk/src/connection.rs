@@ -1,26 +1,29 @@
 //! One connection: pipelined requests, answers by request id, keepalive.
 //!
 //! ```text
-//!   start() -> queue -> writer task -> carrier -> server
-//!   Response <- pending requests <- reader task <- carrier
+//!   start() -> outbox -> whoever finds the carrier free, else the writer task -> server
+//!   reply   <- pending requests <- reader task <- carrier
 //! ```
 //!
-//! The two tasks end together; every request without an answer then learns that the
-//! connection is lost.
+//! A request is written by the thread that starts it, as far as the server takes it; the writer
+//! task goes on where that stopped. Reader and writer end together; every request without an
+//! answer then learns that the connection is lost.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
+    future::poll_fn,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use arqon_proto::{decode_frame, encode_frame, wire};
 use bytes::Bytes;
 use tokio::{
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, oneshot},
     task::AbortHandle,
     time::{Instant, timeout, timeout_at},
 };
@@ -48,7 +51,7 @@ pub(crate) struct Connection {
 struct Shared {
     address: Address,
     pending: Mutex<Pending>,
-    outgoing: mpsc::UnboundedSender<Outgoing>,
+    outbox: Mutex<Outbox>,
     outgoing_size: AtomicUsize,
     room: Notify,
     opened: Instant,
@@ -58,12 +61,76 @@ struct Shared {
 #[derive(Default)]
 struct Pending {
     next_id: u64,
-    requests: HashMap<u64, oneshot::Sender<Result<Answer, Error>>>,
+    requests: HashMap<u64, Reply>,
     lost: Option<Error>,
+}
+
+/// Where the answer to a request goes.
+pub(crate) enum Reply {
+    /// To somebody who waits for it.
+    Waiter(oneshot::Sender<Result<Answer, Error>>),
+    /// Into a call that must not block.
+    Call(Box<dyn FnOnce(Result<Answer, Error>) + Send>),
+}
+
+impl Reply {
+    fn give(self, answer: Result<Answer, Error>) {
+        match self {
+            // Nobody waits any more when the request timed out meanwhile.
+            Self::Waiter(sender) => _ = sender.send(answer),
+            Self::Call(call) => call(answer),
+        }
+    }
 }
 
 struct Outgoing {
     pieces: Vec<Bytes>,
+    size: usize,
+}
+
+/// What is to be written, and the carrier when nobody writes.
+struct Outbox {
+    queue: VecDeque<Outgoing>,
+    carrier: Option<Writing>,
+    /// Wakes the writer task, once it has run.
+    waker: Option<Waker>,
+    /// Since when the server takes no bytes; the writer task goes on when it does.
+    stalled: Option<Instant>,
+    /// The writer task came while somebody else was writing.
+    task_came: bool,
+    /// The connection has ended.
+    over: Option<String>,
+    /// Nobody will write again.
+    closed: bool,
+}
+
+impl Outbox {
+    /// From here on nobody writes; gives the carrier unless somebody has it.
+    fn close(&mut self) -> Option<Writing> {
+        self.closed = true;
+        self.carrier.take()
+    }
+
+    fn wake_task(&self) {
+        if let Some(waker) = &self.waker {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// Takes the carrier back; with `stalled` its task is woken as soon as the server takes bytes.
+    fn put_back(&mut self, writing: Writing, stalled: Option<Instant>) {
+        self.carrier = (!self.closed).then_some(writing);
+        self.stalled = stalled;
+        let task_came = std::mem::take(&mut self.task_came);
+        if self.over.is_some() || (task_came && stalled.is_some()) {
+            self.wake_task();
+        }
+    }
+}
+
+struct Writing {
+    writer: FrameWriter,
+    /// Bytes that it was given and that are not with the system yet.
     size: usize,
 }
 
@@ -79,11 +146,19 @@ impl Connection {
     /// Dials `address`, shakes hands and starts the connection's tasks.
     pub(crate) async fn open(address: &Address, options: &Options, tls: Option<&TlsConnector>) -> Result<Self, Error> {
         let (reader, writer, welcome) = dial(address, options, tls).await?;
-        let (outgoing, queue) = mpsc::unbounded_channel();
+        let outbox = Outbox {
+            queue: VecDeque::new(),
+            carrier: Some(Writing { writer, size: 0 }),
+            waker: None,
+            stalled: None,
+            task_came: false,
+            over: None,
+            closed: false,
+        };
         let shared = Arc::new(Shared {
             address: address.clone(),
             pending: Mutex::default(),
-            outgoing,
+            outbox: Mutex::new(outbox),
             outgoing_size: AtomicUsize::new(0),
             room: Notify::new(),
             opened: Instant::now(),
@@ -91,7 +166,7 @@ impl Connection {
         });
         let tasks = [
             tokio::spawn(read(shared.clone(), reader)).abort_handle(),
-            tokio::spawn(write(shared.clone(), writer, queue, options.keepalive)).abort_handle(),
+            tokio::spawn(write(shared.clone(), options.keepalive)).abort_handle(),
         ];
         tracing::debug!(server = %address, "connected");
         Ok(Self { address: address.clone(), welcome, shared, tasks })
@@ -109,8 +184,15 @@ impl Connection {
         self.shared.lock().lost.is_none()
     }
 
-    /// Queues a request without waiting. Requests leave in the order of these calls.
+    /// Sends a request without waiting, or queues it. Requests leave in the order of these calls.
     pub(crate) fn start(&self, body: Body, payload: &[Bytes]) -> Result<Response, StartError> {
+        let (sender, receiver) = oneshot::channel();
+        let id = self.start_for(Reply::Waiter(sender), body, payload)?;
+        Ok(Response { id, receiver, shared: self.shared.clone() })
+    }
+
+    /// As [`Connection::start`], with a `reply` that is given the answer. Gives the request's id.
+    pub(crate) fn start_for(&self, reply: Reply, body: Body, payload: &[Bytes]) -> Result<u64, StartError> {
         let shared = &self.shared;
         let mut pending = shared.lock();
         if let Some(lost) = &pending.lost {
@@ -119,14 +201,23 @@ impl Connection {
         if shared.is_full(&pending) {
             return Err(StartError::Full);
         }
-        pending.next_id += 1;
-        let id = pending.next_id;
+        let id = pending.next_id + 1;
         let outgoing = encode(id, body, payload).map_err(StartError::Failed)?;
-        let (sender, receiver) = oneshot::channel();
-        pending.requests.insert(id, sender);
-        shared.queue(outgoing);
+        pending.next_id = id;
+        pending.requests.insert(id, reply);
         drop(pending);
-        Ok(Response { id, receiver, shared: shared.clone() })
+        shared.queue(outgoing);
+        Ok(id)
+    }
+
+    /// Nobody wants the answer to request `id` any more.
+    pub(crate) fn forget(&self, id: u64) {
+        self.shared.lock().requests.remove(&id);
+    }
+
+    /// What a request without an answer in time is answered.
+    pub(crate) fn no_answer(&self) -> Error {
+        self.shared.no_answer()
     }
 
     /// Returns when [`Connection::start`] may have room again, or the connection is lost.
@@ -166,6 +257,7 @@ impl Drop for Connection {
         for task in &self.tasks {
             task.abort();
         }
+        drop(self.shared.lock_outbox().close());
     }
 }
 
@@ -190,10 +282,73 @@ impl Shared {
             || self.outgoing_size.load(Ordering::Relaxed) >= limits::OUTGOING_SIZE_MAX
     }
 
+    fn lock_outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues a frame, and writes it unless somebody else writes or the server takes no bytes.
     fn queue(&self, outgoing: Outgoing) {
         self.outgoing_size.fetch_add(outgoing.size, Ordering::Relaxed);
-        // The writer ends only with the connection, and then every request is answered as lost.
-        let _ = self.outgoing.send(outgoing);
+        let mut outbox = self.lock_outbox();
+        outbox.queue.push_back(outgoing);
+        if outbox.stalled.is_some() {
+            return;
+        }
+        let Some(waker) = outbox.waker.clone() else { return };
+        let Some(writing) = outbox.carrier.take() else { return };
+        drop(outbox);
+        self.write_queued(writing, &mut Context::from_waker(&waker));
+    }
+
+    /// Writes until the queue is empty or the server takes no more; the writer task, which
+    /// `context` wakes, then goes on.
+    fn write_queued(&self, mut writing: Writing, context: &mut Context<'_>) {
+        loop {
+            let mut outbox = self.lock_outbox();
+            while writing.size < limits::WRITE_SIZE_MAX {
+                let Some(next) = outbox.queue.pop_front() else { break };
+                writing.size += next.size;
+                writing.writer.push(next.pieces);
+            }
+            if writing.size == 0 {
+                return outbox.put_back(writing, None);
+            }
+            drop(outbox);
+            match writing.writer.poll_write(context) {
+                Poll::Ready(Ok(())) => {
+                    self.outgoing_size.fetch_sub(writing.size, Ordering::Relaxed);
+                    writing.size = 0;
+                    self.room.notify_waiters();
+                    self.lock_outbox().stalled = None;
+                }
+                Poll::Ready(Err(reason)) => {
+                    let mut outbox = self.lock_outbox();
+                    outbox.over.get_or_insert(reason);
+                    return outbox.put_back(writing, None);
+                }
+                Poll::Pending => {
+                    let mut outbox = self.lock_outbox();
+                    let since = outbox.stalled.unwrap_or_else(Instant::now);
+                    return outbox.put_back(writing, Some(since));
+                }
+            }
+        }
+    }
+
+    /// The writer task's part; ready with the reason when the connection must end.
+    fn poll_writing(&self, context: &mut Context<'_>) -> Poll<String> {
+        let mut outbox = self.lock_outbox();
+        outbox.waker = Some(context.waker().clone());
+        if outbox.over.is_none() {
+            let Some(writing) = outbox.carrier.take() else {
+                outbox.task_came = true;
+                return Poll::Pending;
+            };
+            drop(outbox);
+            self.write_queued(writing, context);
+            outbox = self.lock_outbox();
+        }
+        outbox.over.clone().map_or(Poll::Pending, Poll::Ready)
     }
 
     fn lose(&self, reason: &str) {
@@ -207,8 +362,13 @@ impl Shared {
             std::mem::take(&mut pending.requests)
         };
         tracing::debug!(server = %self.address, reason, "connection lost");
-        for sender in requests.into_values() {
-            let _ = sender.send(Err(error.clone()));
+        {
+            let mut outbox = self.lock_outbox();
+            outbox.over.get_or_insert_with(|| reason.to_owned());
+            outbox.wake_task();
+        }
+        for reply in requests.into_values() {
+            reply.give(Err(error.clone()));
         }
         self.room.notify_waiters();
     }
@@ -235,9 +395,8 @@ impl Shared {
             (Some(Body::Error(error)), None) if frame.request_id == 0 => {
                 return Err(Error::from(error).to_string());
             }
-            (Some(body), Some(sender)) => {
-                // Nobody waits any more when the request timed out meanwhile.
-                let _ = sender.send(Ok((body, payload)));
+            (Some(body), Some(reply)) => {
+                reply.give(Ok((body, payload)));
                 self.room.notify_waiters();
             }
             (Some(_), None) => {}
@@ -257,54 +416,36 @@ async fn read(shared: Arc<Shared>, mut reader: FrameReader) {
     shared.lose(&reason);
 }
 
-async fn write(
-    shared: Arc<Shared>,
-    mut writer: FrameWriter,
-    mut queue: mpsc::UnboundedReceiver<Outgoing>,
-    keepalive: Duration,
-) {
+async fn write(shared: Arc<Shared>, keepalive: Duration) {
+    let mut last_ping = Duration::ZERO;
     let reason = loop {
-        if shared.lock().lost.is_some() {
-            break String::new();
+        if let Ok(reason) = timeout(keepalive / 2, poll_fn(|context| shared.poll_writing(context))).await {
+            break reason;
         }
-        let Ok(first) = timeout(keepalive, queue.recv()).await else {
-            let silence = shared.silence();
-            if silence >= keepalive * 3 {
-                break format!("silent for {} s", silence.as_secs());
+        let stalled = shared.lock_outbox().stalled;
+        if stalled.is_some_and(|since| since.elapsed() >= keepalive * 3) {
+            break "the server does not read".to_owned();
+        }
+        let silence = shared.silence();
+        if silence >= keepalive * 3 {
+            break match shared.lock().requests.is_empty() {
+                true => format!("silent for {} s", silence.as_secs()),
+                false => "the server does not answer".to_owned(),
+            };
+        }
+        if silence >= keepalive && shared.opened.elapsed() - last_ping >= keepalive {
+            last_ping = shared.opened.elapsed();
+            match encode(0, Body::Ping(wire::Ping {}), &[]) {
+                Ok(ping) => shared.queue(ping),
+                Err(error) => break error.to_string(),
             }
-            if silence >= keepalive {
-                match encode(0, Body::Ping(wire::Ping {}), &[]) {
-                    Ok(ping) => shared.queue(ping),
-                    Err(error) => break error.to_string(),
-                }
-            }
-            continue;
-        };
-        let Some(first) = first else {
-            break "it was closed on this side".to_owned();
-        };
-        let mut size = first.size;
-        let mut frames = vec![first.pieces];
-        while size < limits::WRITE_SIZE_MAX {
-            let Ok(next) = queue.try_recv() else { break };
-            size += next.size;
-            frames.push(next.pieces);
-        }
-        let written = timeout(keepalive * 3, writer.write(frames)).await;
-        shared.outgoing_size.fetch_sub(size, Ordering::Relaxed);
-        shared.room.notify_waiters();
-        match written {
-            Ok(Ok(())) => {}
-            Ok(Err(reason)) => break reason,
-            Err(_) => break "the server does not read".to_owned(),
-        }
-        // A steady stream of requests must not hide that no answer ever comes.
-        if shared.silence() >= keepalive * 3 && !shared.lock().requests.is_empty() {
-            break "the server does not answer".to_owned();
         }
     };
     shared.lose(&reason);
-    let _ = timeout(keepalive, writer.close()).await;
+    let carrier = shared.lock_outbox().close();
+    if let Some(mut writing) = carrier {
+        let _ = timeout(keepalive, writing.writer.close()).await;
+    }
 }
 
 /// An answer on its way. Dropping it forgets the request.

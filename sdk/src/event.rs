@@ -1,6 +1,8 @@
 //! Events to write, and events as they are read.
 
-use arqon_proto::{Batch, Compression, DecodeError, EventType, Record, RecordRef, decode_stamps, records, wire};
+use arqon_proto::{
+    Batch, BatchBuilder, Compression, DecodeError, EventType, RecordParts, RecordRef, decode_stamps, records, wire,
+};
 use bytes::Bytes;
 use uuid::Uuid;
 
@@ -84,28 +86,41 @@ impl NewEvent {
         self
     }
 
-    /// The record to write; a missing id is made, and kept in the event.
+    /// Calls `with` with the record to write; its id is zero when the event has none.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming the field over its limit.
-    pub(crate) fn record(&mut self) -> Result<Record, Error> {
-        let id = *self.id.get_or_insert_with(|| Uuid::now_v7().into_bytes());
-        let mut headers = self.headers.clone();
-        if !self.traceparent.is_empty() {
-            headers.retain(|(name, _)| name != TRACEPARENT);
-            headers.push((TRACEPARENT.to_owned(), self.traceparent.clone()));
-        }
-        let record = Record {
-            id,
+    pub(crate) fn checked<T>(&self, with: impl FnOnce(RecordParts<'_>) -> T) -> Result<T, Error> {
+        let mut record = RecordParts {
+            id: self.id.unwrap_or_default(),
             event_type: self.event_type as u8,
-            schema: self.schema.clone(),
-            key: self.key.clone(),
-            headers,
-            extension: Bytes::new(),
-            payload: self.payload.clone(),
+            schema: &self.schema,
+            key: &self.key,
+            headers: &self.headers,
+            extension: &[],
+            payload: &self.payload,
         };
+        let traced: Vec<_>;
+        if !self.traceparent.is_empty() {
+            let others = self.headers.iter().filter(|(name, _)| name != TRACEPARENT).cloned();
+            traced = others.chain([(TRACEPARENT.to_owned(), self.traceparent.clone())]).collect();
+            record.headers = &traced;
+        }
         record.check().map_err(invalid_event)?;
-        Ok(record)
+        Ok(with(record))
+    }
+
+    /// A batch of this event alone.
+    ///
+    /// # Errors
+    /// As [`NewEvent::checked`].
+    pub(crate) fn batch(&self) -> Result<Batch, Error> {
+        self.checked(|record| {
+            let id = self.id.unwrap_or_else(|| Uuid::now_v7().into_bytes());
+            let mut builder = BatchBuilder::new();
+            let _first_always_fits = builder.append(&RecordParts { id, ..record });
+            builder.build(Compression::None, None)
+        })
     }
 }
 
@@ -186,7 +201,7 @@ fn from_record(batch: &Batch, record: &RecordRef<'_>) -> Result<Event, DecodeErr
 
 #[cfg(test)]
 mod tests {
-    use arqon_proto::{BatchBuilder, Offset, ProducerStamp, encode_stamps};
+    use arqon_proto::{Offset, ProducerStamp, encode_stamps};
 
     use super::*;
 
@@ -194,15 +209,16 @@ mod tests {
     fn an_event_reads_as_it_was_written() {
         for compression in [Compression::None, Compression::Lz4] {
             let payload = vec![7u8; 500];
-            let mut new = NewEvent::new(payload.clone())
+            let new = NewEvent::new(payload.clone())
+                .id([5; 16])
                 .schema("a.b.v1")
                 .key("k")
                 .header("x", "y")
                 .event_type(EventType::Job)
                 .traceparent("00-aa-bb-01");
             let mut builder = BatchBuilder::new();
-            builder.push(&NewEvent::new("first").record().unwrap()).unwrap();
-            builder.push(&new.record().unwrap()).unwrap();
+            NewEvent::new("first").checked(|record| assert!(builder.append(&record))).unwrap();
+            new.checked(|record| assert!(builder.append(&record))).unwrap();
             let stamp = ProducerStamp { id: [9; 16], epoch: 1, base_sequence: 40 };
             let mut batch = builder.build(compression, Some(stamp));
             let source = wire::StampSource { topic: "g.jobs".into(), operator_id: "op".into(), ..Default::default() };
@@ -229,9 +245,9 @@ mod tests {
 
     #[test]
     fn a_wrong_event_names_its_field() {
-        let error = NewEvent::new(vec![0; 2 << 20]).record().unwrap_err().to_string();
+        let error = NewEvent::new(vec![0; 2 << 20]).batch().unwrap_err().to_string();
         assert_eq!(error, "payload has 2097152 bytes, the limit is 1048576");
-        let error = NewEvent::new("x").schema("nope").record().unwrap_err().to_string();
+        let error = NewEvent::new("x").schema("nope").batch().unwrap_err().to_string();
         assert!(error.starts_with("schema"), "{error}");
     }
 }

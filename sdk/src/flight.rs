@@ -9,6 +9,9 @@
 //! answered; then all unresolved ones are sent again, oldest first, to whoever leads now. So a
 //! partition never sees a batch before one that was handed in earlier.
 //!
+//! Nothing here waits: what must be waited for is handed out as a future ([`Flight::waits`]) whose
+//! outcome comes back to [`Flight::act`], and answers come through [`Hear`]. See line.rs.
+//!
 //! With a [`Stamping`] the flight numbers the records itself. When a batch is given up, its
 //! sequences would leave a gap: the epoch is raised and what follows is numbered anew. A batch
 //! that may have been written is never sent under a new epoch.
@@ -17,19 +20,16 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use arqon_proto::{Batch, ProducerStamp, wire};
 use bytes::Bytes;
-use futures_util::{
-    StreamExt,
-    future::{BoxFuture, FutureExt},
-    stream::FuturesUnordered,
-};
+use futures_util::future::{BoxFuture, FutureExt};
 use tokio::time::{Instant, sleep, timeout_at};
 use wire::{ErrorCode, frame::Body};
 
 use crate::{
     Error,
-    connection::{Answer, Connection, StartError},
+    connection::{Answer, Connection, Reply, StartError},
     retry::{Backoff, Verdict, judge},
     router::{Router, Target, timed_out},
+    spare::Spare,
 };
 
 /// Takes the outcome of one batch.
@@ -49,6 +49,8 @@ pub(crate) struct Item {
     pub(crate) payload: Payload,
     pub(crate) deadline: Instant,
     pub(crate) done: Done,
+    /// Takes the memory of the records back when they are resolved.
+    pub(crate) spare: Option<Arc<Spare>>,
 }
 
 /// The producer whose sequences the flight assigns.
@@ -72,12 +74,23 @@ struct Slot {
     payload: Payload,
     deadline: Instant,
     done: Option<Done>,
+    spare: Option<Arc<Spare>>,
     state: State,
+    /// How often it was sent, to tell a late answer.
+    attempt: u32,
+    /// The request under way.
+    sent: Option<Sent>,
     /// Whether an earlier sending may have been written.
     unclear: bool,
     /// Whether it was numbered anew already because the Spine did not know its sequence.
     renumbered: bool,
     sequence: Option<u64>,
+}
+
+struct Sent {
+    connection: Arc<Connection>,
+    request: u64,
+    end: Instant,
 }
 
 enum Phase {
@@ -89,12 +102,16 @@ enum Phase {
     Pausing,
 }
 
-enum Happened {
-    Answered { id: u64, result: Result<Answer, Error> },
+/// What a flight learns from outside.
+pub(crate) enum Happened {
+    Answered { id: u64, attempt: u32, result: Result<Answer, Error> },
     Connected(Result<Arc<Connection>, Error>),
     Rested,
     Room,
 }
+
+/// Brings what happened to the flight; called from anywhere, must not block.
+pub(crate) type Hear = Arc<dyn Fn(Happened) + Send + Sync>;
 
 /// See the module.
 pub(crate) struct Flight {
@@ -112,7 +129,8 @@ pub(crate) struct Flight {
     waits_for_room: bool,
     backoff: Backoff,
     last_error: String,
-    tasks: FuturesUnordered<BoxFuture<'static, Happened>>,
+    hear: Hear,
+    waits: Vec<BoxFuture<'static, Happened>>,
 }
 
 impl Flight {
@@ -122,6 +140,7 @@ impl Flight {
         partition: u32,
         window: usize,
         stamping: Option<Stamping>,
+        hear: Hear,
     ) -> Self {
         Self {
             target: Target::Leader { topic: topic.to_owned(), partition },
@@ -138,7 +157,8 @@ impl Flight {
             phase: Phase::Idle,
             waits_for_room: false,
             last_error: "no answer".to_owned(),
-            tasks: FuturesUnordered::new(),
+            hear,
+            waits: Vec::new(),
         }
     }
 
@@ -151,50 +171,48 @@ impl Flight {
         self.slots.is_empty()
     }
 
-    /// Adds a batch behind all others and gives its number, from 1.
-    pub(crate) fn push(&mut self, item: Item) -> u64 {
-        self.next_id += 1;
+    /// Adds a batch behind all others.
+    pub(crate) fn push(&mut self, item: Item) {
         if let Some(fenced) = &self.fenced {
-            (item.done)(Err(fenced.clone()));
-            return self.next_id;
+            return (item.done)(Err(fenced.clone()));
         }
+        self.next_id += 1;
         self.slots.push_back(Slot {
             id: self.next_id,
             produce: item.produce,
             payload: item.payload,
             deadline: item.deadline,
             done: Some(item.done),
+            spare: item.spare,
             state: State::Waiting,
+            attempt: 0,
+            sent: None,
             unclear: false,
             renumbered: false,
             sequence: None,
         });
         self.pump();
-        self.next_id
     }
 
-    /// Number of the batch pushed last, 0 when there was none.
-    pub(crate) fn last_id(&self) -> u64 {
-        self.next_id
+    /// What has to be waited for since the last call.
+    pub(crate) fn waits(&mut self) -> Vec<BoxFuture<'static, Happened>> {
+        std::mem::take(&mut self.waits)
     }
 
-    /// Whether every batch up to number `id` is resolved.
-    pub(crate) fn is_resolved(&self, id: u64) -> bool {
-        self.slots.front().is_none_or(|slot| slot.id > id)
+    /// When the first time-out is due.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        let due = |slot: &Slot| match (slot.state, &slot.sent) {
+            (State::Waiting, _) => Some(slot.deadline),
+            (State::Sent, Some(sent)) => Some(sent.end),
+            _ => None,
+        };
+        self.slots.iter().filter_map(due).min()
     }
 
-    /// Waits for the next thing to happen and acts on it; for ever when nothing is under way.
-    /// May be dropped at any time.
-    pub(crate) async fn step(&mut self) {
-        match self.tasks.next().await {
-            Some(happened) => self.act(happened),
-            None => std::future::pending().await,
-        }
-    }
-
-    fn act(&mut self, happened: Happened) {
+    /// Acts on what happened.
+    pub(crate) fn act(&mut self, happened: Happened) {
         match happened {
-            Happened::Answered { id, result } => self.answered(id, result),
+            Happened::Answered { id, attempt, result } => self.answered(id, attempt, result),
             Happened::Rested => self.connect(),
             Happened::Room => self.waits_for_room = false,
             Happened::Connected(Ok(connection)) => self.phase = Phase::Open(connection),
@@ -210,8 +228,10 @@ impl Flight {
         self.pump();
     }
 
-    fn answered(&mut self, id: u64, result: Result<Answer, Error>) {
-        let Some(index) = self.slots.iter().position(|slot| slot.id == id) else { return };
+    fn answered(&mut self, id: u64, attempt: u32, result: Result<Answer, Error>) {
+        let is_awaited = |slot: &Slot| slot.id == id && slot.attempt == attempt && slot.state == State::Sent;
+        let Some(index) = self.slots.iter().position(is_awaited) else { return };
+        self.slots[index].sent = None;
         let result = match result {
             Ok((Body::Produced(produced), _)) => Ok(produced),
             Ok((Body::Error(error), _)) => Err(Error::from(error)),
@@ -331,7 +351,7 @@ impl Flight {
                 Err(Error::Unreachable { servers: what, reason: "no leader answered in time".to_owned() })
             }))
         };
-        self.tasks.push(task.boxed());
+        self.waits.push(task.boxed());
     }
 
     fn sent_count(&self) -> usize {
@@ -339,14 +359,14 @@ impl Flight {
     }
 
     /// Does whatever the state allows without waiting.
-    fn pump(&mut self) {
+    pub(crate) fn pump(&mut self) {
         self.expire();
         self.settle_front();
         if let Phase::Draining(pause) = self.phase
             && self.sent_count() == 0
         {
             self.phase = Phase::Pausing;
-            self.tasks.push(
+            self.waits.push(
                 async move {
                     sleep(pause).await;
                     Happened::Rested
@@ -383,7 +403,7 @@ impl Flight {
 
     fn wait_for_room(&mut self, connection: Arc<Connection>) {
         if !std::mem::replace(&mut self.waits_for_room, true) {
-            self.tasks.push(
+            self.waits.push(
                 async move {
                     connection.room().await;
                     Happened::Room
@@ -425,17 +445,29 @@ impl Flight {
                 vec![Bytes::copy_from_slice(&header.encode()), batch.stamps.clone(), batch.records.clone()]
             }
         };
-        let response = connection.start(Body::Produce(slot.produce.clone()), &pieces)?;
+        let (id, attempt, hear) = (slot.id, slot.attempt + 1, self.hear.clone());
+        let reply = Reply::Call(Box::new(move |result| hear(Happened::Answered { id, attempt, result })));
+        let request = connection.start_for(reply, Body::Produce(slot.produce.clone()), &pieces)?;
         slot.state = State::Sent;
-        let (id, end) = (slot.id, slot.deadline.min(Instant::now() + self.router.options.attempt_timeout));
-        self.tasks.push(async move { Happened::Answered { id, result: response.wait(end).await } }.boxed());
+        slot.attempt = attempt;
+        let end = slot.deadline.min(Instant::now() + self.router.options.attempt_timeout);
+        slot.sent = Some(Sent { connection: connection.clone(), request, end });
         Ok(())
     }
 
-    /// Gives up what waited beyond its deadline.
+    /// Gives up what waited beyond its deadline, and answers beyond their time.
     fn expire(&mut self) {
+        if self.slots.is_empty() {
+            return;
+        }
         let now = Instant::now();
         for index in 0..self.slots.len() {
+            let slot = &self.slots[index];
+            if let Some(sent) = slot.sent.as_ref().filter(|sent| sent.end <= now) {
+                sent.connection.forget(sent.request);
+                let (id, attempt, error) = (slot.id, slot.attempt, sent.connection.no_answer());
+                self.answered(id, attempt, Err(error));
+            }
             let slot = &self.slots[index];
             if slot.state == State::Waiting && slot.deadline <= now {
                 let error = timed_out(&self.name, &self.last_error);
@@ -459,7 +491,10 @@ impl Flight {
                 }
                 _ => break,
             }
-            self.slots.pop_front();
+            let front = self.slots.pop_front();
+            if let Some(Slot { payload: Payload::Batch(batch), spare: Some(spare), .. }) = front {
+                spare.take_back(batch.records);
+            }
         }
         if self.renumber && self.sent_count() == 0 {
             self.new_epoch();

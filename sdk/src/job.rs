@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use arqon_proto::{BatchBuilder, Compression, limits, wire};
+use arqon_proto::{limits, wire};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use wire::{Durability, ErrorCode, frame::Body};
@@ -86,15 +86,13 @@ impl Job {
     /// # Errors
     /// The result breaks a limit or the write fails: the job is still held and may be completed
     /// with another result. [`Error::LeaseLost`] when it was settled before.
-    pub async fn complete(&self, results_topic: &str, mut result: NewEvent) -> Result<Completed, Error> {
+    pub async fn complete(&self, results_topic: &str, result: NewEvent) -> Result<Completed, Error> {
         if self.settled.load(Ordering::Acquire) {
             return Err(Error::LeaseLost);
         }
         arqon_proto::check_topic(results_topic).map_err(crate::client::invalid_name)?;
-        let mut builder = BatchBuilder::new();
-        builder.push(&result.record()?).map_err(|error| Error::invalid("event", error.to_string()))?;
         let mut batch = BytesMut::new();
-        builder.build(Compression::None, None).encode_into(&mut batch);
+        result.batch()?.encode_into(&mut batch);
         let produce = wire::Produce {
             topic: results_topic.to_owned(),
             partition: self.lease.partition,

@@ -1,28 +1,62 @@
 //! Lanes: finished batches of one partition, handed in from anywhere, sent in that order.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use arqon_proto::{Header, wire};
 use bytes::Bytes;
 use tokio::{
-    sync::{mpsc, oneshot},
-    time::{Instant, timeout},
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::Instant,
 };
 
 use crate::{
     Error,
     flight::{Flight, Item, Payload},
     limits,
+    line::{LineHandle, Supply},
     router::Router,
 };
 
-/// The lanes of one client, made when needed and gone when idle.
+/// The lanes of one client, made when needed; the idle ones go when another is made.
 #[derive(Default)]
 pub(crate) struct Lanes {
-    open: Mutex<HashMap<(String, u32), mpsc::Sender<Item>>>,
+    open: Mutex<HashMap<(String, u32), Arc<Lane>>>,
+}
+
+struct Lane {
+    line: LineHandle<Queue>,
+    /// Places in the queue.
+    places: Arc<Semaphore>,
+}
+
+/// Finished batches that wait for their turn, each with its place.
+#[derive(Default)]
+struct Queue {
+    items: VecDeque<(Item, OwnedSemaphorePermit)>,
+}
+
+impl Supply for Queue {
+    type Batch = Item;
+
+    fn next(&mut self, _is_idle: bool) -> Option<Item> {
+        self.items.pop_front().map(|(item, _place)| item)
+    }
+
+    fn finish(item: Item) -> Item {
+        item
+    }
+
+    fn due(&self) -> Option<Instant> {
+        None
+    }
+
+    fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
 }
 
 impl Lanes {
@@ -36,8 +70,8 @@ impl Lanes {
         let header = Header::decode(&bytes).map_err(|error| Error::invalid("batch", error.to_string()))?;
         let safe = header.has_producer() || !produce.lease_tokens.is_empty();
         let (sender, receiver) = oneshot::channel();
-        let key = (produce.topic.clone(), produce.partition);
-        let mut item = Item {
+        let lane = self.lane(router, &produce);
+        let item = Item {
             produce,
             payload: Payload::Encoded { bytes, safe },
             deadline: Instant::now() + router.options.request_timeout,
@@ -45,29 +79,36 @@ impl Lanes {
                 // The caller may have gone; the batch stands where it stands.
                 let _ = sender.send(outcome);
             }),
+            spare: None,
         };
-        loop {
-            match self.lane(router, &key).send(item).await {
-                Ok(()) => break,
-                // It ended for want of work just now.
-                Err(mpsc::error::SendError(refused)) => item = refused,
-            }
-        }
+        let place = lane.places.clone().acquire_owned().await.map_err(|_| Error::Closed)?;
+        lane.line.add(|queue| {
+            queue.items.push_back((item, place));
+            ((), true)
+        });
         Ok(Submitted { receiver })
     }
 
-    fn lane(&self, router: &Arc<Router>, key: &(String, u32)) -> mpsc::Sender<Item> {
+    fn lane(&self, router: &Arc<Router>, produce: &wire::Produce) -> Arc<Lane> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(lane) = open.get(key).filter(|lane| !lane.is_closed()) {
+        let key = (produce.topic.clone(), produce.partition);
+        if let Some(lane) = open.get(&key) {
             return lane.clone();
         }
-        open.retain(|_, lane| !lane.is_closed());
-        let (sender, items) = mpsc::channel(limits::LANE_QUEUE);
-        let flight = Flight::new(router.clone(), &key.0, key.1, limits::LANE_WINDOW, None);
-        tokio::spawn(run(flight, items));
-        open.insert(key.clone(), sender.clone());
-        sender
+        open.retain(|_, lane| Arc::strong_count(lane) > 1 || !lane.line.is_empty());
+        let line = LineHandle::open(Queue::default(), tick(router), |hear| {
+            Flight::new(router.clone(), &key.0, key.1, limits::LANE_WINDOW, None, hear)
+        });
+        let lane = Arc::new(Lane { line, places: Arc::new(Semaphore::new(limits::LANE_QUEUE)) });
+        open.insert(key, lane.clone());
+        lane
     }
+}
+
+/// How often a line's driver looks for time-outs.
+pub(crate) fn tick(router: &Router) -> Duration {
+    let shortest = router.options.attempt_timeout.min(router.options.request_timeout);
+    (shortest / 4).min(limits::TICK_MAX)
 }
 
 /// A batch in line for its partition. Dropping it does not take the batch back.
@@ -83,22 +124,5 @@ impl Submitted {
     /// As [`crate::Client::request`] of a produce.
     pub async fn outcome(self) -> Result<wire::Produced, Error> {
         self.receiver.await.unwrap_or(Err(Error::Closed))
-    }
-}
-
-async fn run(mut flight: Flight, mut items: mpsc::Receiver<Item>) {
-    loop {
-        tokio::select! {
-            item = timeout(limits::LANE_IDLE, items.recv()), if flight.has_room() => match item {
-                Ok(Some(item)) => _ = flight.push(item),
-                Ok(None) => break,
-                Err(_) if flight.is_empty() => items.close(),
-                Err(_) => {}
-            },
-            () = flight.step() => {}
-        }
-    }
-    while !flight.is_empty() {
-        flight.step().await;
     }
 }

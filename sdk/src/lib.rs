@@ -1,10 +1,10 @@
 //! The Rust client of ArqonBus: publish, consume, and work a queue.
 //!
 //! ```text
-//!   Client ─┬─ Producer ── Flight (one per partition) ─┐
-//!           ├─ Consumer ── one fetch per partition ────┼─ Router ── Connection ── Carrier
-//!           ├─ Worker ──── Work, Ack, Nack, Renew ─────┤  (who      (pipelined    (TCP or
-//!           └─ request ─── lanes for produces ─────────┘   leads)    requests)     WebSocket)
+//!   Client ─┬─ Producer ── Line and Flight (per partition) ─┐
+//!           ├─ Consumer ── one fetch ahead (per partition) ─┼─ Router ── Connection ── Carrier
+//!           ├─ Worker ──── Work, Ack, Nack, Renew ──────────┤  (who      (pipelined    (TCP or
+//!           └─ request ─── lanes for produces ──────────────┘   leads)    requests)     WebSocket)
 //! ```
 //!
 //! The same frames travel on TCP to brokers and as WebSocket messages to Shields. Operations
@@ -39,10 +39,13 @@ mod job;
 mod lane;
 mod leases;
 mod limits;
+mod line;
 mod options;
+mod outcome;
 mod producer;
 mod retry;
 mod router;
+mod spare;
 mod stream;
 mod worker;
 
@@ -54,5 +57,6 @@ pub use event::{Event, NewEvent};
 pub use job::{Completed, Job};
 pub use lane::Submitted;
 pub use options::Options;
-pub use producer::{Delivery, Producer, ProducerOptions, Receipt, partition_of};
+pub use outcome::{Delivery, Receipt};
+pub use producer::{Producer, ProducerOptions, partition_of};
 pub use worker::{Worker, WorkerOptions};

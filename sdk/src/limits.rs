@@ -19,10 +19,17 @@ pub const IN_FLIGHT_COUNT_MAX: usize = arqon_proto::limits::PRODUCER_BATCH_COUNT
 pub const LANE_WINDOW: usize = 128;
 /// Produces that wait for a place in the lane's window.
 pub const LANE_QUEUE: usize = 128;
-/// A lane without work for this long ends.
-pub const LANE_IDLE: Duration = Duration::from_secs(30);
-/// Events queued for one partition of a producer, besides the bound in bytes.
-pub const EVENT_QUEUE: usize = 8_192;
+/// A batch of a producer leaves at this size as soon as there is room; while there is none it
+/// grows up to the producer's own limit.
+pub const BATCH_SIZE: usize = 256 << 10;
+/// Buffers of resolved batches that a producer keeps for the next ones, and their size.
+pub const SPARE_COUNT_MAX: usize = 8;
+/// See [`SPARE_COUNT_MAX`].
+pub const SPARE_SIZE_MAX: usize = 2 << 20;
+/// Batches that a producer may have under way before those to idle partitions linger, too.
+pub const EAGER_COUNT_MAX: usize = 5;
+/// Time-outs of batches are looked for this often.
+pub const TICK_MAX: Duration = Duration::from_millis(250);
 /// Longest linger of a producer.
 pub const LINGER_MAX: Duration = Duration::from_millis(5);
 /// Jobs that one worker may hold.

@@ -3,33 +3,32 @@
 use std::{
     collections::VecDeque,
     fmt,
-    future::Future,
-    pin::Pin,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
-    task::{Context, Poll},
     time::Duration,
 };
 
-use arqon_proto::{BatchBuilder, Compression, Record, wire};
+use arqon_proto::{BatchBuilder, Compression, RecordParts, wire};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
-    time::{Instant, sleep_until},
+    sync::{Semaphore, SemaphorePermit},
+    time::Instant,
 };
 use uuid::Uuid;
 use wire::Durability;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
-    Error, NewEvent, SendError,
+    Delivery, Error, NewEvent, Receipt, SendError,
     flight::{Flight, Item, Payload, Stamping},
+    lane::tick,
     limits,
+    line::{LineHandle, Supply},
+    outcome::{Outcome, Resolver},
     router::Router,
+    spare::Spare,
 };
-
-const INBOX_SIZE: usize = 512;
 
 /// How a [`Producer`] batches and what it promises.
 #[derive(Clone, Debug)]
@@ -37,7 +36,8 @@ pub struct ProducerOptions {
     /// How long an event may wait for company while other batches are under way; 5 ms at most.
     /// When nothing is under way, a batch leaves at once.
     pub linger: Duration,
-    /// A batch leaves when its events reach this size in bytes.
+    /// A batch takes no more events when they reach this size in bytes. It leaves earlier, with
+    /// 256 KiB, unless as many are under way as may be.
     pub batch_size: usize,
     /// How batches are compressed.
     pub compression: Compression,
@@ -56,12 +56,12 @@ pub struct ProducerOptions {
 }
 
 impl Default for ProducerOptions {
-    /// Linger 1 ms, batches of 256 KiB, no compression, majority-fsync, 5 in flight, a buffer
+    /// Linger 1 ms, batches of up to 1 MiB, no compression, majority-fsync, 5 in flight, a buffer
     /// of 32 MiB, any partition, a random id.
     fn default() -> Self {
         Self {
             linger: Duration::from_millis(1),
-            batch_size: 256 << 10,
+            batch_size: 1 << 20,
             compression: Compression::None,
             durability: Durability::MajorityFsync,
             in_flight_max: limits::IN_FLIGHT_COUNT_MAX,
@@ -98,35 +98,6 @@ impl ProducerOptions {
     }
 }
 
-/// Where an event stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Receipt {
-    /// Topic.
-    pub topic: Arc<str>,
-    /// Partition.
-    pub partition: u32,
-    /// Offset in the partition; provisional when `durability` is `LeaderReceived`.
-    pub offset: u64,
-    /// Append time in ms since 1970; 0 when the answer was lost and the event was found written.
-    pub time_ms: u64,
-    /// What the acknowledgement promises.
-    pub durability: Durability,
-}
-
-/// The receipt of a sent event, to be awaited. Dropping it does not take the event back.
-#[derive(Debug)]
-pub struct Delivery {
-    receiver: oneshot::Receiver<Result<Receipt, Error>>,
-}
-
-impl Future for Delivery {
-    type Output = Result<Receipt, Error>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.receiver).poll(context).map(|outcome| outcome.unwrap_or(Err(Error::Closed)))
-    }
-}
-
 /// Writes events to one topic; cheap to clone, all clones share buffers and order.
 ///
 /// Events of one partition stand in the log in the order of `send`. Each carries a producer id
@@ -150,29 +121,29 @@ pub struct Producer {
 
 struct Inner {
     router: Arc<Router>,
+    partitions: Vec<OnceLock<LineHandle<Building>>>,
+    shared: Arc<Shared>,
+}
+
+/// What the partitions of one producer share.
+struct Shared {
     topic: Arc<str>,
     options: ProducerOptions,
     producer_id: [u8; 16],
-    partitions: Vec<OnceLock<mpsc::Sender<Command>>>,
-    turn: Arc<AtomicU32>,
-    room: Arc<Semaphore>,
-    closed: AtomicBool,
-}
-
-struct Queued {
-    record: Record,
-    room: OwnedSemaphorePermit,
-    reply: oneshot::Sender<Result<Receipt, Error>>,
-}
-
-enum Command {
-    Event(Queued),
-    Flush(oneshot::Sender<()>),
+    request_timeout: Duration,
+    partition_count: u32,
+    /// The partition of events without a key.
+    turn: AtomicU32,
+    /// Bytes of events that may still be taken.
+    room: Semaphore,
+    /// Batches that have left and are not resolved.
+    under_way: AtomicUsize,
+    spare: Arc<Spare>,
 }
 
 impl fmt::Debug for Producer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Producer").field("topic", &self.inner.topic).finish_non_exhaustive()
+        f.debug_struct("Producer").field("topic", &self.inner.shared.topic).finish_non_exhaustive()
     }
 }
 
@@ -188,54 +159,68 @@ impl Producer {
             return Err(Error::invalid("topic", format!("{topic} has no partitions")));
         }
         options.check(partition_count)?;
-        let inner = Inner {
-            router,
+        let shared = Shared {
             topic: topic.into(),
             producer_id: options.producer_id.unwrap_or_else(|| Uuid::new_v4().into_bytes()),
-            partitions: (0..partition_count).map(|_| OnceLock::new()).collect(),
-            turn: Arc::new(AtomicU32::new(rand::random_range(0..partition_count))),
-            room: Arc::new(Semaphore::new(options.buffer_size)),
-            closed: AtomicBool::new(false),
+            request_timeout: router.options.request_timeout,
+            partition_count,
+            turn: AtomicU32::new(rand::random_range(0..partition_count)),
+            room: Semaphore::new(options.buffer_size),
+            under_way: AtomicUsize::new(0),
+            spare: Arc::default(),
             options,
         };
-        Ok(Self { inner: Arc::new(inner) })
+        let partitions = (0..partition_count).map(|_| OnceLock::new()).collect();
+        Ok(Self { inner: Arc::new(Inner { router, partitions, shared: Arc::new(shared) }) })
     }
 
     /// The id under which this producer's events are de-duplicated.
     #[must_use]
     pub fn producer_id(&self) -> [u8; 16] {
-        self.inner.producer_id
+        self.inner.shared.producer_id
     }
 
     /// Takes an event; waits for buffer room only. The receipt comes with the [`Delivery`].
     ///
     /// # Errors
     /// [`SendError`] with the event when it breaks a limit or the producer is closed.
-    pub async fn send(&self, mut event: NewEvent) -> Result<Delivery, SendError> {
-        match self.queue(&mut event).await {
+    pub async fn send(&self, event: NewEvent) -> Result<Delivery, SendError> {
+        match self.queue(&event).await {
             Ok(delivery) => Ok(delivery),
             Err(error) => Err(SendError { error, event: Box::new(event) }),
         }
     }
 
-    async fn queue(&self, event: &mut NewEvent) -> Result<Delivery, Error> {
-        let inner = &self.inner;
-        let record = event.record()?;
-        let size = record.encoded_size() as u32;
-        let room = inner.room.clone().acquire_many_owned(size).await.map_err(|_| Error::Closed)?;
-        if inner.closed.load(Ordering::Acquire) {
-            return Err(Error::Closed);
+    async fn queue(&self, event: &NewEvent) -> Result<Delivery, Error> {
+        let room = &self.inner.shared.room;
+        let taken = event.checked(|record| {
+            let size = record.encoded_size();
+            match room.try_acquire_many(size as u32) {
+                Ok(permit) => Ok(self.add(event, &record, permit)),
+                Err(_) => Err(size),
+            }
+        })?;
+        match taken {
+            Ok(delivery) => delivery,
+            Err(size) => {
+                let permit = room.acquire_many(size as u32).await.map_err(|_| Error::Closed)?;
+                event.checked(|record| self.add(event, &record, permit)).flatten()
+            }
         }
-        let count = inner.partitions.len() as u32;
-        let partition = match inner.options.partition {
+    }
+
+    /// Puts a checked record into its partition's batch, for which `permit` has made room.
+    fn add(&self, event: &NewEvent, record: &RecordParts<'_>, permit: SemaphorePermit<'_>) -> Result<Delivery, Error> {
+        let shared = &self.inner.shared;
+        let partition = match shared.options.partition {
             Some(partition) => partition,
-            None if record.key.is_empty() => inner.turn.load(Ordering::Relaxed) % count,
-            None => partition_of(&record.key, count),
+            None if record.key.is_empty() => shared.turn.load(Ordering::Relaxed) % shared.partition_count,
+            None => partition_of(record.key, shared.partition_count),
         };
-        let (reply, receiver) = oneshot::channel();
-        let command = Command::Event(Queued { record, room, reply });
-        self.partition(partition).send(command).await.map_err(|_| Error::Closed)?;
-        Ok(Delivery { receiver })
+        let delivery = self.line(partition).add(|building| building.add(record, event.id))?;
+        // It is given back when the batch is resolved.
+        permit.forget();
+        Ok(delivery)
     }
 
     /// Sends an event and waits until it is written.
@@ -253,16 +238,7 @@ impl Producer {
     /// # Errors
     /// [`Error::Closed`] when the runtime is shutting down.
     pub async fn flush(&self) -> Result<(), Error> {
-        let mut waits = Vec::new();
-        for sender in self.inner.partitions.iter().filter_map(OnceLock::get) {
-            let (done, wait) = oneshot::channel();
-            sender.send(Command::Flush(done)).await.map_err(|_| Error::Closed)?;
-            waits.push(wait);
-        }
-        for wait in waits {
-            wait.await.map_err(|_| Error::Closed)?;
-        }
-        Ok(())
+        self.finish(false).await
     }
 
     /// Takes no more events, then as [`Producer::flush`].
@@ -270,35 +246,32 @@ impl Producer {
     /// # Errors
     /// As [`Producer::flush`].
     pub async fn close(&self) -> Result<(), Error> {
-        self.inner.closed.store(true, Ordering::Release);
-        self.flush().await
+        self.finish(true).await
     }
 
-    fn partition(&self, partition: u32) -> &mpsc::Sender<Command> {
-        let inner = &self.inner;
-        inner.partitions[partition as usize].get_or_init(|| {
-            let (sender, commands) = mpsc::channel(limits::EVENT_QUEUE);
-            let stamping = Stamping { id: inner.producer_id, epoch: inner.options.producer_epoch };
-            let task = PartitionTask {
-                flight: Flight::new(
-                    inner.router.clone(),
-                    &inner.topic,
-                    partition,
-                    inner.options.in_flight_max,
-                    Some(stamping),
-                ),
-                router: inner.router.clone(),
-                topic: inner.topic.clone(),
-                partition,
-                partition_count: inner.partitions.len() as u32,
-                options: inner.options.clone(),
-                turn: inner.turn.clone(),
-                inbox: VecDeque::new(),
-                building: None,
-                flushes: Vec::new(),
-            };
-            tokio::spawn(task.run(commands));
-            sender
+    async fn finish(&self, closes: bool) -> Result<(), Error> {
+        if closes {
+            self.inner.shared.room.close();
+        }
+        let lines = self.inner.partitions.iter().filter_map(OnceLock::get);
+        let outcomes: Vec<_> = lines.flat_map(|line| line.add(|building| (building.flush(closes), true))).collect();
+        for outcome in outcomes {
+            // What became of the events is told to those who hold their deliveries.
+            if let Err(Error::Closed) = Delivery::new(outcome, 0).await {
+                return Err(Error::Closed);
+            }
+        }
+        Ok(())
+    }
+
+    fn line(&self, partition: u32) -> &LineHandle<Building> {
+        let Inner { router, partitions, shared } = &*self.inner;
+        partitions[partition as usize].get_or_init(|| {
+            let stamping = Stamping { id: shared.producer_id, epoch: shared.options.producer_epoch };
+            let window = shared.options.in_flight_max;
+            LineHandle::open(Building::new(shared.clone(), partition), tick(router), |hear| {
+                Flight::new(router.clone(), &shared.topic, partition, window, Some(stamping), hear)
+            })
         })
     }
 }
@@ -309,153 +282,171 @@ pub fn partition_of(key: &[u8], partition_count: u32) -> u32 {
     (xxh3_64(key) % u64::from(partition_count.max(1))) as u32
 }
 
-/// Builds and sends the batches of one partition.
-struct PartitionTask {
-    flight: Flight,
-    router: Arc<Router>,
-    topic: Arc<str>,
-    partition: u32,
-    partition_count: u32,
-    options: ProducerOptions,
-    turn: Arc<AtomicU32>,
-    inbox: VecDeque<Command>,
-    building: Option<Building>,
-    /// Flushes that wait for the batch of this number.
-    flushes: Vec<(u64, oneshot::Sender<()>)>,
-}
-
+/// The batches of one partition that have not left.
 struct Building {
+    shared: Arc<Shared>,
+    partition: u32,
+    /// The one that events are added to.
+    open: Option<Open>,
+    /// Those that are full.
+    full: VecDeque<Open>,
+    /// Outcomes that may not be known yet, oldest first.
+    unresolved: VecDeque<Arc<Outcome>>,
+    /// Whether nothing was under way when a batch was last asked for.
+    is_idle: bool,
+    closed: bool,
+}
+
+struct Open {
+    shared: Arc<Shared>,
+    partition: u32,
     builder: BatchBuilder,
-    replies: Vec<oneshot::Sender<Result<Receipt, Error>>>,
-    room: OwnedSemaphorePermit,
+    resolver: Resolver,
+    /// The id of the first record that brings none; those after it count up.
+    first_id: u128,
     linger_end: Instant,
-    flush: Vec<oneshot::Sender<()>>,
+    /// Leaves as soon as it can, whatever its size and age.
+    leaves: bool,
 }
 
-impl PartitionTask {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
-        let mut received = Vec::with_capacity(INBOX_SIZE);
-        let mut open = true;
-        while open || !self.inbox.is_empty() || self.building.is_some() || !self.flight.is_empty() {
-            let linger_end = self.building.as_ref().map(|building| building.linger_end);
-            tokio::select! {
-                count = commands.recv_many(&mut received, INBOX_SIZE), if open && self.inbox.is_empty() => {
-                    open = count > 0;
-                    self.inbox.extend(received.drain(..));
-                }
-                () = self.flight.step() => {}
-                () = until(linger_end), if self.flight.has_room() => self.seal(),
-            }
-            self.work(!open);
-        }
+impl Building {
+    fn new(shared: Arc<Shared>, partition: u32) -> Self {
+        let (full, unresolved) = (VecDeque::new(), VecDeque::new());
+        Self { shared, partition, open: None, full, unresolved, is_idle: true, closed: false }
     }
 
-    /// Moves events into batches and batches into the flight, as far as there is room.
-    fn work(&mut self, closing: bool) {
-        while let Some(command) = self.inbox.pop_front() {
-            match command {
-                Command::Event(queued) => {
-                    let full = self.building.as_ref().is_some_and(|building| {
-                        building.builder.size() >= self.options.batch_size || !building.builder.fits(&queued.record)
-                    });
-                    if full && !self.flight.has_room() {
-                        self.inbox.push_front(Command::Event(queued));
-                        break;
-                    }
-                    if full {
-                        self.seal();
-                    }
-                    self.add(queued);
-                }
-                Command::Flush(done) => match &mut self.building {
-                    Some(building) => building.flush.push(done),
-                    None => self.flushes.push((self.flight.last_id(), done)),
-                },
-            }
+    /// Adds a checked record; also says whether something should leave now.
+    fn add(&mut self, record: &RecordParts<'_>, id: Option<[u8; 16]>) -> (Result<Delivery, Error>, bool) {
+        if self.closed {
+            return (Err(Error::Closed), false);
         }
-        if let Some(building) = &self.building {
-            let ready = closing
-                || self.flight.is_empty()
-                || !building.flush.is_empty()
-                || building.builder.size() >= self.options.batch_size;
-            if ready && self.flight.has_room() {
+        let mut leaves = false;
+        if self.open.as_ref().is_some_and(|open| open.builder.size() >= self.shared.options.batch_size) {
+            leaves = true;
+            self.seal();
+        }
+        let delivery = match self.open().append(record, id) {
+            Some(delivery) => delivery,
+            None => {
+                leaves = true;
                 self.seal();
+                let first = self.open().append(record, id);
+                first.expect("the first record of a batch always fits")
             }
-        }
-        let flight = &self.flight;
-        for (_, done) in self.flushes.extract_if(.., |(id, _)| flight.is_resolved(*id)) {
-            // Whoever asked may have stopped waiting.
-            let _ = done.send(());
-        }
-    }
-
-    fn add(&mut self, queued: Queued) {
-        let building = match &mut self.building {
-            Some(building) => {
-                building.room.merge(queued.room);
-                building
-            }
-            None => self.building.insert(Building {
-                builder: BatchBuilder::new(),
-                replies: Vec::new(),
-                room: queued.room,
-                linger_end: Instant::now() + self.options.linger,
-                flush: Vec::new(),
-            }),
         };
-        match building.builder.push(&queued.record) {
-            Ok(()) => building.replies.push(queued.reply),
-            Err(error) => {
-                let _ = queued.reply.send(Err(Error::invalid("event", error.to_string())));
+        let is_eager = self.is_idle && self.may_be_eager();
+        let soft_size = self.shared.options.batch_size.min(limits::BATCH_SIZE);
+        let open = self.open();
+        if !open.leaves && open.builder.size() >= soft_size {
+            open.leaves = true;
+            leaves = true;
+        }
+        (Ok(delivery), leaves || is_eager)
+    }
+
+    /// Whether a batch may leave without company.
+    fn may_be_eager(&self) -> bool {
+        self.shared.under_way.load(Ordering::Relaxed) < limits::EAGER_COUNT_MAX
+    }
+
+    fn open(&mut self) -> &mut Open {
+        self.open.get_or_insert_with(|| {
+            while self.unresolved.pop_front_if(|oldest| oldest.is_known()).is_some() {}
+            let outcome = Outcome::new(self.shared.topic.clone(), self.partition);
+            self.unresolved.push_back(outcome.clone());
+            Open {
+                shared: self.shared.clone(),
+                partition: self.partition,
+                builder: BatchBuilder::in_buffer(self.shared.spare.take()),
+                resolver: Resolver(outcome),
+                // Room to count up through a batch without a carry.
+                first_id: Uuid::now_v7().as_u128() & !(arqon_proto::limits::BATCH_RECORD_COUNT_MAX as u128 - 1),
+                linger_end: Instant::now() + self.shared.options.linger,
+                leaves: false,
             }
+        })
+    }
+
+    /// Closes the batch under construction.
+    fn seal(&mut self) {
+        if let Some(open) = self.take_open() {
+            self.full.push_back(open);
         }
     }
 
-    fn seal(&mut self) {
-        let Some(building) = self.building.take() else { return };
-        let _ = self.turn.compare_exchange(
-            self.partition,
-            (self.partition + 1) % self.partition_count,
-            Ordering::Relaxed,
-            Ordering::Relaxed,
-        );
-        let mut end = self.flight.last_id();
-        if building.builder.record_count() > 0 {
-            let (topic, partition, room) = (self.topic.clone(), self.partition, building.room);
-            let replies = building.replies;
-            end = self.flight.push(Item {
-                produce: wire::Produce {
-                    topic: self.topic.to_string(),
-                    partition,
-                    durability: self.options.durability.into(),
-                    lease_tokens: Vec::new(),
-                },
-                payload: Payload::Batch(building.builder.build(self.options.compression, None)),
-                deadline: Instant::now() + self.router.options.request_timeout,
-                done: Box::new(move |outcome| {
-                    for (index, reply) in replies.into_iter().enumerate() {
-                        let receipt = outcome.as_ref().map_err(Error::clone).map(|produced| Receipt {
-                            topic: topic.clone(),
-                            partition,
-                            offset: produced.base_offset + index as u64,
-                            time_ms: produced.time_ms,
-                            durability: produced.durability(),
-                        });
-                        // The delivery may have been dropped: nobody wants to know.
-                        let _ = reply.send(receipt);
-                    }
-                    drop(room);
-                }),
-            });
+    fn take_open(&mut self) -> Option<Open> {
+        let open = self.open.take()?;
+        let next = (self.partition + 1) % self.shared.partition_count;
+        let turn = &self.shared.turn;
+        let _not_its_turn = turn.compare_exchange(self.partition, next, Ordering::Relaxed, Ordering::Relaxed);
+        Some(open)
+    }
+
+    /// Lets everything leave; gives the outcomes to wait for.
+    fn flush(&mut self, closes: bool) -> Vec<Arc<Outcome>> {
+        self.closed |= closes;
+        if let Some(open) = &mut self.open {
+            open.leaves = true;
         }
-        self.flushes.extend(building.flush.into_iter().map(|done| (end, done)));
+        self.unresolved.iter().filter(|outcome| !outcome.is_known()).cloned().collect()
     }
 }
 
-async fn until(end: Option<Instant>) {
-    match end {
-        Some(end) => sleep_until(end).await,
-        None => std::future::pending().await,
+impl Supply for Building {
+    type Batch = Open;
+
+    fn next(&mut self, is_idle: bool) -> Option<Open> {
+        let is_eager = is_idle && self.may_be_eager();
+        let next = self.full.pop_front().or_else(|| {
+            let open = self.open.as_ref()?;
+            let leaves = open.leaves || is_eager || open.linger_end <= Instant::now();
+            if leaves { self.take_open() } else { None }
+        });
+        self.is_idle = is_idle && next.is_none();
+        if next.is_some() {
+            self.shared.under_way.fetch_add(1, Ordering::Relaxed);
+        }
+        next
+    }
+
+    fn finish(open: Open) -> Item {
+        let Open { shared, partition, builder, resolver, .. } = open;
+        let size = builder.size();
+        let batch = builder.build(shared.options.compression, None);
+        Item {
+            produce: wire::Produce {
+                topic: shared.topic.to_string(),
+                partition,
+                durability: shared.options.durability.into(),
+                lease_tokens: Vec::new(),
+            },
+            payload: Payload::Batch(batch),
+            deadline: Instant::now() + shared.request_timeout,
+            spare: Some(shared.spare.clone()),
+            done: Box::new(move |outcome| {
+                shared.under_way.fetch_sub(1, Ordering::Relaxed);
+                shared.room.add_permits(size);
+                resolver.0.resolve(outcome);
+            }),
+        }
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.open.as_ref().map(|open| open.linger_end)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.open.is_none() && self.full.is_empty()
+    }
+}
+
+impl Open {
+    /// Adds a record if it fits.
+    fn append(&mut self, record: &RecordParts<'_>, id: Option<[u8; 16]>) -> Option<Delivery> {
+        let index = self.builder.record_count();
+        let id = id.unwrap_or_else(|| (self.first_id + u128::from(index)).to_be_bytes());
+        let fits = self.builder.append(&RecordParts { id, ..*record });
+        fits.then(|| Delivery::new(self.resolver.0.clone(), index))
     }
 }
 
