@@ -2,8 +2,10 @@
 //!
 //! Paths are relative to the data directory, with `/` between parts. Every operation may be
 //! called from any thread. What counts as durable: the bytes of a file after [`File::sync`],
-//! and the names in a directory after [`Disk::sync_dir`] of it.
+//! the names in a directory after [`Disk::sync_dir`] of it, and, where [`BlockFile::flushed_with_disk`]
+//! says so, blocks after [`Disk::flush`].
 
+pub(crate) mod blocks;
 pub(crate) mod faulty;
 pub(crate) mod memory;
 pub(crate) mod real;
@@ -13,6 +15,8 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
+
+pub use crate::layout::BLOCK_SIZE;
 
 /// One data directory.
 pub trait Disk: Send + Sync + 'static {
@@ -36,6 +40,24 @@ pub trait Disk: Send + Sync + 'static {
     /// # Errors
     /// A failure of the disk.
     fn create(&self, path: &str) -> io::Result<Arc<dyn File>>;
+
+    /// Opens a file that exists for writes of whole blocks, past the page cache where the disk can.
+    ///
+    /// # Errors
+    /// `NotFound`, or a failure of the disk.
+    fn open_blocks(&self, path: &str) -> io::Result<Arc<dyn BlockFile>> {
+        Ok(Arc::new(Buffered(self.open(path)?)))
+    }
+
+    /// Makes durable what [`BlockFile::write`] has written over durable bytes, in every file
+    /// that is [flushed with the disk](BlockFile::flushed_with_disk). Only writes that were
+    /// complete before the call count.
+    ///
+    /// # Errors
+    /// `Unsupported`, or a failure of the disk, which must not be tried again.
+    fn flush(&self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Renames a file or directory within its directory, replacing a file of the new name.
     ///
@@ -108,9 +130,48 @@ pub trait File: Send + Sync {
     /// `UnexpectedEof` when the file is shorter, or a failure of the disk.
     fn view(&self, at: u64, size: usize, capacity: u64) -> io::Result<Bytes>;
 
+    /// Reads a range that will be viewed soon ahead, in the background, where the disk can.
+    fn prefetch(&self, _at: u64, _size: u64) {}
+}
+
+/// One open file that takes whole blocks of [`BLOCK_SIZE`].
+pub trait BlockFile: Send + Sync {
+    /// Writes `blocks` from byte `at`; the file grows as needed. `at`, the size and the address
+    /// of `blocks` are multiples of [`BLOCK_SIZE`]. No [`File::write_at`] that touches the same
+    /// blocks may be unsynced: a dirty page would hide these bytes from readers or overwrite them.
+    ///
+    /// # Errors
+    /// A failure of the disk; an unknown part may have been written.
+    fn write(&self, blocks: &[u8], at: u64) -> io::Result<()>;
+
+    /// As [`File::sync`], for everything written to the file through any handle.
+    ///
+    /// # Errors
+    /// As [`File::sync`].
+    fn sync(&self) -> io::Result<()>;
+
+    /// Whether [`Disk::flush`] makes durable what was written here over durable bytes.
+    /// Otherwise, and for all other bytes, only a sync of the file does.
+    fn flushed_with_disk(&self) -> bool {
+        false
+    }
+
     /// The descriptor, where io_uring may use it.
     fn descriptor(&self) -> Option<RawFd> {
         None
+    }
+}
+
+/// Blocks through the ordinary writes of a file.
+struct Buffered(Arc<dyn File>);
+
+impl BlockFile for Buffered {
+    fn write(&self, blocks: &[u8], at: u64) -> io::Result<()> {
+        self.0.write_at(&[Bytes::copy_from_slice(blocks)], at)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
     }
 }
 

@@ -1,26 +1,30 @@
 //! The threads of a store: they take the operations of all its logs to the disk.
 //!
 //! ```text
-//!   append, truncate, vote ... ──> queue of the log ──> ready ──┬─> ring ──> writes + fdatasync
-//!                                  (in order, one at a time)    │    │       of many logs at once
-//!                                                               │    └─ all but plain appends
-//!                                                               └─> pool <┘
-//!   zeroes ahead, idle marks, checkpoints ──> housekeeper
+//!   append, truncate, vote ... ──> queue of the log ──> ready ──┬─> round: the groups of all
+//!                                  (in order, one at a time)    │   logs that have one
+//!                                                               └─> one operation of one log
+//!   zeroes ahead, marks, checkpoints ──> housekeeper
 //! ```
 //!
 //! A log is run by one thread at a time, so its operations and callbacks keep their order.
 //! While one group of a log is being flushed the next one gathers: that is the group commit.
-//! Different logs are in flight side by side.
+//! The thread that takes a round does all of it, so that a group wakes one thread on its way to
+//! the disk. While a round waits for the disk, the next one may be written by another thread.
 
 pub(crate) mod ring;
+mod round;
 
 use std::collections::VecDeque;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use self::ring::Ring;
+use self::round::Writer;
 use crate::checkpoint::{self, CheckpointWrite};
 use crate::disk::Disk;
 use crate::error::OpenError;
@@ -30,16 +34,23 @@ use crate::metrics::{self, Metrics};
 use crate::options::{Backend, Options};
 use crate::segment::Segment;
 
-/// Largest step of filling ahead, in bytes.
-const FILL_STEP_MAX: u64 = 4 << 20;
+/// Rounds that run side by side, with io_uring.
+const ROUND_COUNT: usize = 2;
+/// Logs of one round with io_uring.
+const ROUND_LOG_COUNT_MAX: usize = 256;
+/// Logs of one round without it: its writes follow one another.
+const PLAIN_ROUND_LOG_COUNT_MAX: usize = 16;
 /// Requests for filling ahead that may wait; more are dropped, since the next flush asks again.
 const FILL_QUEUE_MAX: usize = 1_024;
+
+/// Syncs of marks of busy logs leave the disk alone for this many times as long as they take.
+const MARK_PAUSE: u32 = 8;
 
 pub(crate) struct Engine {
     pub disk: Arc<dyn Disk>,
     pub options: Options,
     pub metrics: Arc<Metrics>,
-    ring: Option<ring::Handle>,
+    uring: bool,
     pool: Mutex<Pool>,
     pool_ready: Condvar,
     chores: Mutex<Chores>,
@@ -50,9 +61,61 @@ pub(crate) struct Engine {
     stopped: AtomicBool,
 }
 
+/// What a log waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    Round,
+    Operation,
+}
+
+impl Next {
+    pub fn of(state: &State) -> Self {
+        if matches!(state.queue.front(), Some(Op::Append(_))) { Self::Round } else { Self::Operation }
+    }
+}
+
 #[derive(Default)]
 struct Pool {
-    logs: VecDeque<Arc<LogCore>>,
+    rounds: VecDeque<Arc<LogCore>>,
+    operations: VecDeque<Arc<LogCore>>,
+    /// One for each round that may begin now.
+    #[expect(clippy::vec_box, reason = "handed around whole")]
+    writers: Vec<Box<Writer>>,
+    idle_count: usize,
+    /// Threads that were woken and have not come yet.
+    waking_count: usize,
+}
+
+enum Work {
+    Round(Vec<Arc<LogCore>>, Box<Writer>),
+    Operation(Arc<LogCore>),
+}
+
+impl Pool {
+    fn take(&mut self, round_log_count_max: usize) -> Option<Work> {
+        if !self.rounds.is_empty()
+            && let Some(writer) = self.writers.pop()
+        {
+            let count = self.rounds.len().min(round_log_count_max);
+            return Some(Work::Round(self.rounds.drain(..count).collect(), writer));
+        }
+        self.operations.pop_front().map(Work::Operation)
+    }
+
+    fn push(&mut self, core: Arc<LogCore>, next: Next) {
+        match next {
+            Next::Round => self.rounds.push_back(core),
+            Next::Operation => self.operations.push_back(core),
+        }
+    }
+
+    /// Whether a thread should be woken: it would find something to do, and none is on its way.
+    fn wakes(&mut self) -> bool {
+        let work = !self.operations.is_empty() || !self.rounds.is_empty() && !self.writers.is_empty();
+        let wakes = work && self.waking_count == 0 && self.idle_count > 0;
+        self.waking_count += usize::from(wakes);
+        wakes
+    }
 }
 
 #[derive(Default)]
@@ -66,25 +129,33 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn rings() -> io::Result<Vec<Ring>> {
+    (0..ROUND_COUNT).map(|_| Ring::new()).collect()
+}
+
 impl Engine {
     /// Starts the threads. Files without a descriptor go through the pool in any case.
     pub fn start(disk: Arc<dyn Disk>, options: Options) -> Result<(Arc<Self>, Vec<JoinHandle<()>>), OpenError> {
         let name = disk.name();
-        let ring = match options.backend {
+        let rings = match options.backend {
             Backend::Plain => None,
-            Backend::Auto => ring::Ring::new().inspect_err(|error| tracing::info!("io_uring is refused: {error}")).ok(),
-            Backend::Uring => {
-                Some(ring::Ring::new().map_err(|error| OpenError::NoUring { reason: error.to_string() })?)
-            }
+            Backend::Auto => rings().inspect_err(|error| tracing::info!("io_uring is refused: {error}")).ok(),
+            Backend::Uring => Some(rings().map_err(|error| OpenError::NoUring { reason: error.to_string() })?),
         };
         let failed = |source| OpenError::Io { what: format!("starting the threads of {name}"), source };
         let thread_count = options.thread_count.max(1);
+        let uring = rings.is_some();
+        let writers: io::Result<Vec<Box<Writer>>> = match rings {
+            Some(rings) => rings.into_iter().map(|ring| Writer::new(Some(ring)).map(Box::new)).collect(),
+            None => (0..thread_count).map(|_| Writer::new(None).map(Box::new)).collect(),
+        };
+        let pool = Pool { writers: writers.map_err(failed)?, ..Pool::default() };
         let engine = Arc::new(Self {
             disk,
             options,
             metrics: Arc::default(),
-            ring: ring.as_ref().map(ring::Ring::handle),
-            pool: Mutex::default(),
+            uring,
+            pool: Mutex::new(pool),
             pool_ready: Condvar::new(),
             chores: Mutex::default(),
             chores_ready: Condvar::new(),
@@ -102,15 +173,11 @@ impl Engine {
         }
         let housekeeper = Arc::clone(&engine);
         spawn("log-chores", Box::new(move || housekeeper.run_chores())).map_err(failed)?;
-        if let Some(ring) = ring {
-            let engine = Arc::clone(&engine);
-            spawn("log-ring", Box::new(move || ring.run(&engine))).map_err(failed)?;
-        }
         Ok((engine, threads))
     }
 
     pub fn backend_name(&self) -> &'static str {
-        if self.ring.is_some() { "io_uring" } else { "plain" }
+        if self.uring { "io_uring" } else { "plain" }
     }
 
     /// Ends the threads after what is queued.
@@ -129,9 +196,6 @@ impl Engine {
         self.pool_ready.notify_all();
         drop(lock(&self.chores));
         self.chores_ready.notify_all();
-        if let Some(ring) = &self.ring {
-            ring.wake();
-        }
     }
 
     fn may_end(&self) -> bool {
@@ -149,53 +213,66 @@ impl Engine {
     }
 
     /// Takes a log that was not scheduled and now has operations in its queue.
-    pub fn schedule(&self, core: Arc<LogCore>) {
+    pub fn schedule(&self, core: Arc<LogCore>, next: Next) {
         self.begin();
-        self.push(core);
-    }
-
-    fn push(&self, core: Arc<LogCore>) {
-        match &self.ring {
-            Some(ring) => {
-                if let Err(core) = ring.push(core) {
-                    self.push_to_pool(core);
-                }
-            }
-            None => self.push_to_pool(core),
+        let wakes = {
+            let mut pool = lock(&self.pool);
+            pool.push(core, next);
+            pool.wakes()
+        };
+        if wakes {
+            self.pool_ready.notify_one();
         }
     }
 
-    fn push_to_pool(&self, core: Arc<LogCore>) {
-        lock(&self.pool).logs.push_back(core);
-        self.pool_ready.notify_one();
-    }
-
     fn run_pool(&self) {
+        let round_log_count_max = if self.uring { ROUND_LOG_COUNT_MAX } else { PLAIN_ROUND_LOG_COUNT_MAX };
         loop {
-            let core = {
+            let (work, wakes) = {
                 let mut pool = lock(&self.pool);
                 loop {
-                    if let Some(core) = pool.logs.pop_front() {
-                        break core;
+                    if let Some(work) = pool.take(round_log_count_max) {
+                        break (work, pool.wakes());
                     }
                     if self.may_end() {
                         return;
                     }
+                    pool.idle_count += 1;
                     pool = self.pool_ready.wait(pool).unwrap_or_else(PoisonError::into_inner);
+                    pool.idle_count -= 1;
+                    pool.waking_count = pool.waking_count.saturating_sub(1);
                 }
             };
-            let op = core.lock().queue.pop_front();
-            if let Some(op) = op
-                && catch_unwind(AssertUnwindSafe(|| core.run(op))).is_err()
-            {
-                // A broken rule of one log must not end the writes of all others.
-                core.poison("an operation of the log panicked");
+            if wakes {
+                self.pool_ready.notify_one();
             }
-            self.release(core);
+            match work {
+                Work::Round(cores, writer) => self.run_round(cores, writer),
+                Work::Operation(core) => {
+                    let op = core.lock().queue.pop_front();
+                    if let Some(op) = op
+                        && catch_unwind(AssertUnwindSafe(|| core.run(op))).is_err()
+                    {
+                        // A broken rule of one log must not end the writes of all others.
+                        core.poison("an operation of the log panicked");
+                    }
+                    self.release(core);
+                }
+            }
         }
     }
 
+    fn run_round(&self, cores: Vec<Arc<LogCore>>, mut writer: Box<Writer>) {
+        if catch_unwind(AssertUnwindSafe(|| round::run(self, &cores, &mut writer))).is_err() {
+            cores.iter().for_each(|core| core.poison("a round of writes panicked"));
+            writer.reset();
+        }
+        lock(&self.pool).writers.push(writer);
+        cores.into_iter().for_each(|core| self.release(core));
+    }
+
     /// Gives a log back after one operation: to the end of the line, so that all logs get on.
+    /// Wakes nobody, since the calling thread looks for work next.
     fn release(&self, core: Arc<LogCore>) {
         let mut state = core.lock();
         if state.queue.is_empty() {
@@ -204,8 +281,9 @@ impl Engine {
             self.end();
             return;
         }
+        let next = Next::of(&state);
         drop(state);
-        self.push(core);
+        lock(&self.pool).push(core, next);
     }
 
     /// Sees to it that the durable mark is synced when the log falls idle.
@@ -233,13 +311,13 @@ impl Engine {
     }
 
     fn run_chores(&self) {
-        let mut next_fill_at = Instant::now();
+        let (mut next_fill_at, mut next_mark_at) = (Instant::now(), Instant::now());
         loop {
             let chore = {
                 let mut chores = lock(&self.chores);
                 loop {
                     let stopped = self.stopped.load(Ordering::SeqCst);
-                    if let Some(chore) = chores.take(Instant::now(), stopped) {
+                    if let Some(chore) = chores.take(Instant::now(), next_mark_at, stopped) {
                         self.begin();
                         break chore;
                     }
@@ -247,7 +325,7 @@ impl Engine {
                         return;
                     }
                     let next = chores.marks.front().filter(|_| !stopped);
-                    let wait = next.map(|(due, _)| due.saturating_duration_since(Instant::now()));
+                    let wait = next.map(|(due, _)| (*due).max(next_mark_at).saturating_duration_since(Instant::now()));
                     chores = match wait {
                         Some(wait) => {
                             self.chores_ready.wait_timeout(chores, wait).unwrap_or_else(PoisonError::into_inner).0
@@ -259,7 +337,7 @@ impl Engine {
             match chore {
                 Chore::Checkpoint(core, write) => checkpoint::perform(&core, write),
                 Chore::Fill(core, segment) => self.fill(&core, &segment, &mut next_fill_at),
-                Chore::Mark(core) => self.sync_idle_mark(&core),
+                Chore::Mark(core) => self.sync_mark(&core, &mut next_mark_at),
             }
             self.end();
         }
@@ -270,9 +348,7 @@ impl Engine {
         if now < *next_fill_at || core.lock().poisoned.is_some() {
             return;
         }
-        let step =
-            (segment.header.capacity / 16).clamp(self.options.fill_size, FILL_STEP_MAX.max(self.options.fill_size));
-        match segment.fill(step) {
+        match segment.fill(self.options.fill_size) {
             Ok(size) => {
                 let pause = Duration::from_secs_f64(size as f64 / self.options.fill_rate_max.max(1) as f64);
                 *next_fill_at = now + pause;
@@ -283,16 +359,27 @@ impl Engine {
         }
     }
 
-    fn sync_idle_mark(&self, core: &Arc<LogCore>) {
+    /// Syncs the mark of a log, in its turn when the log is idle and beside its appends when it
+    /// is busy. With many busy logs a mark waits longer, so that their flushes get on.
+    fn sync_mark(&self, core: &Arc<LogCore>, next_mark_at: &mut Instant) {
+        let delay = Duration::from_millis(self.options.mark_delay_ms);
         let mut state = core.lock();
         state.mark_watched = false;
-        let delay = Duration::from_millis(self.options.mark_delay_ms);
-        if state.flushed_at.is_some_and(|at| at.elapsed() < delay) {
-            // The next flush carries the mark; look again when it may have been the last one.
-            self.watch_mark(core, &mut state);
-        } else if state.mark_dirty && state.poisoned.is_none() && !state.closed {
-            core.enqueue(&mut state, Op::Mark(None));
+        if state.poisoned.is_some() || state.closed {
+            return;
         }
+        if state.flushed_at.is_none_or(|at| at.elapsed() >= delay) {
+            if state.mark_dirty {
+                core.enqueue(&mut state, Op::Mark(None));
+            }
+            return;
+        }
+        // Look again when this flush may have been the last one.
+        self.watch_mark(core, &mut state);
+        drop(state);
+        let begin = Instant::now();
+        core.sync_old_mark(delay);
+        *next_mark_at = begin + begin.elapsed() * MARK_PAUSE;
     }
 }
 
@@ -303,14 +390,14 @@ enum Chore {
 }
 
 impl Chores {
-    fn take(&mut self, now: Instant, stopped: bool) -> Option<Chore> {
+    fn take(&mut self, now: Instant, next_mark_at: Instant, stopped: bool) -> Option<Chore> {
         if let Some((core, segment)) = self.fills.pop_front() {
             return Some(Chore::Fill(core, segment));
         }
         if let Some((core, write)) = self.checkpoints.pop_front() {
             return Some(Chore::Checkpoint(core, write));
         }
-        while !stopped && self.marks.front().is_some_and(|(due, _)| *due <= now) {
+        while !stopped && next_mark_at <= now && self.marks.front().is_some_and(|(due, _)| *due <= now) {
             if let Some(core) = self.marks.pop_front().and_then(|(_, core)| core.upgrade()) {
                 return Some(Chore::Mark(core));
             }

@@ -3,10 +3,10 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arqon_proto::{BATCH_HEADER_SIZE, Batch, Offset};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::checkpoint::{self, CheckpointKind};
@@ -17,10 +17,9 @@ use crate::metrics;
 use crate::position::{LogPosition, index_after};
 use crate::segment::Segment;
 
-/// Parts below this size are copied together, larger ones are written from where they are.
-const COPY_SIZE_MAX: usize = 16 << 10;
-/// Copied parts are split at this size.
-const CHUNK_SIZE: usize = 1 << 20;
+/// Logs whose groups have this size are not filled ahead: what the sync of a growing file costs
+/// more is less than writing every byte twice.
+const FILL_GROUP_SIZE_MAX: usize = 1 << 20;
 
 /// Whoever waits for an operation.
 pub(crate) struct Done(oneshot::Sender<io::Result<()>>);
@@ -80,7 +79,7 @@ pub(crate) enum Op {
     Delete(OnFlushed),
 }
 
-/// Entries that are written at once and made durable by one fdatasync.
+/// Entries that are written together and made durable together.
 pub(crate) struct Group {
     pub segment: Arc<Segment>,
     pub at: u64,
@@ -89,8 +88,9 @@ pub(crate) struct Group {
     entry_count: usize,
     last: LogPosition,
     chain: u64,
-    pieces: Vec<Bytes>,
-    open: BytesMut,
+    headers: Vec<[u8; BATCH_HEADER_SIZE]>,
+    /// Stamps and records of each header.
+    bodies: Vec<[Bytes; 2]>,
     queued_at: Instant,
 }
 
@@ -104,41 +104,25 @@ impl Group {
             entry_count: 0,
             last: LogPosition::default(),
             chain: 0,
-            pieces: Vec::new(),
-            open: BytesMut::new(),
+            headers: Vec::new(),
+            bodies: Vec::new(),
             queued_at: Instant::now(),
         }
     }
 
     pub fn push(&mut self, header: &[u8; BATCH_HEADER_SIZE], batch: &Batch, position: LogPosition, chain: u64) {
-        self.open.extend_from_slice(header);
-        for part in [&batch.stamps, &batch.records] {
-            if part.len() <= COPY_SIZE_MAX {
-                self.open.extend_from_slice(part);
-            } else {
-                self.close_piece();
-                self.pieces.push(part.clone());
-            }
-        }
-        if self.open.len() >= CHUNK_SIZE {
-            self.close_piece();
-        }
+        self.headers.push(*header);
+        self.bodies.push([batch.stamps.clone(), batch.records.clone()]);
         self.size += batch.header.batch_size();
         self.entry_count += 1;
         self.last = position;
         self.chain = chain;
     }
 
-    fn close_piece(&mut self) {
-        if !self.open.is_empty() {
-            self.pieces.push(self.open.split().freeze());
-        }
-    }
-
-    /// Everything to write from `at` on.
-    pub fn pieces(&mut self) -> &[Bytes] {
-        self.close_piece();
-        &self.pieces
+    /// Everything to write from `at` on, in order.
+    pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        let entries = self.headers.iter().zip(&self.bodies);
+        entries.flat_map(|(header, [stamps, records])| [header.as_slice(), stamps.as_ref(), records.as_ref()])
     }
 
     pub fn end(&self) -> u64 {
@@ -152,6 +136,17 @@ pub(crate) struct LogIo {
     pub mark: Mark,
     /// Segment that holds the newest mark.
     pub marked: Option<Arc<Segment>>,
+    /// Since when marks were written there and not synced.
+    pub unsynced_since: Option<Instant>,
+}
+
+/// What made a group durable.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flushed {
+    /// A flush of the disk, which leaves the durable mark in the page cache.
+    Disk,
+    /// A sync of its file, which carries the mark of the group before.
+    File,
 }
 
 impl LogIo {
@@ -162,11 +157,12 @@ impl LogIo {
     }
 
     /// Writes the next mark, without syncing it: it survives the end of the process, and the
-    /// next fdatasync of its segment carries it.
+    /// next sync of its segment carries it.
     fn write_mark(&mut self, segment: &Arc<Segment>, mark: Mark) -> io::Result<()> {
         segment.write_mark(&mark)?;
         self.mark = mark;
         self.marked = Some(Arc::clone(segment));
+        self.unsynced_since.get_or_insert_with(Instant::now);
         Ok(())
     }
 
@@ -183,7 +179,8 @@ fn call(callback: OnFlushed, result: io::Result<()>) {
     }
 }
 
-fn copy(error: &io::Error) -> io::Error {
+/// The same error for somebody else.
+pub(crate) fn copy(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }
 
@@ -198,14 +195,23 @@ fn remove_segments(disk: &dyn Disk, dir: &str, segments: &[Arc<Segment>]) -> io:
 }
 
 impl LogCore {
+    /// Takes the group in front of the queue, if that is what stands there.
+    pub fn take_group(&self) -> Option<Group> {
+        let mut state = self.lock();
+        if !matches!(state.queue.front(), Some(Op::Append(_))) {
+            return None;
+        }
+        match state.queue.pop_front()? {
+            Op::Append(group) => Some(group),
+            _ => None,
+        }
+    }
+
     /// Runs one operation on the calling thread.
     pub fn run(self: &Arc<Self>, op: Op) {
         match op {
-            Op::Append(mut group) => {
-                let started = Instant::now();
-                let result = self.write_group(&mut group);
-                self.finish_group(group, started, result);
-            }
+            // Groups are written in rounds: see the engine. It gives no others to this.
+            Op::Append(_) => unreachable!("a group is written in a round"),
             Op::Barrier(callback) => call(callback, Ok(())),
             Op::Roll(segment) => {
                 if let Err(error) = self.roll(&segment) {
@@ -254,18 +260,10 @@ impl LogCore {
         done.send(result);
     }
 
-    fn write_group(&self, group: &mut Group) -> io::Result<()> {
-        group.segment.reserve(group.end(), true);
-        let (segment, at) = (Arc::clone(&group.segment), group.at);
-        let file = segment.file()?;
-        file.write_at(group.pieces(), at)?;
-        file.sync()
-    }
-
-    /// What follows the fdatasync of a group: the mark, then the callbacks.
-    pub fn finish_group(self: &Arc<Self>, group: Group, started: Instant, result: io::Result<()>) {
+    /// What follows when a group is durable or failed: the mark, then the callbacks.
+    pub fn finish_group(self: &Arc<Self>, group: Group, started: Instant, result: io::Result<Flushed>) {
         let engine = &self.engine;
-        let result = result.and_then(|()| self.mark_group(&group));
+        let result = result.and_then(|flushed| self.mark_group(&group, flushed));
         metrics::subtract(&engine.metrics.queue_depth, group.entry_count);
         metrics::subtract(&engine.metrics.queue_size, group.size);
         if let Err(error) = result {
@@ -292,7 +290,7 @@ impl LogCore {
             engine.watch_mark(self, &mut state);
             checkpoint::start_ready(self, &mut state);
         }
-        if group.segment.wants_fill(group.end(), engine.options.fill_size) {
+        if group.size < FILL_GROUP_SIZE_MAX && group.segment.wants_fill(group.end(), engine.options.fill_size) {
             engine.request_fill(self, &group.segment);
         }
         for callback in group.callbacks {
@@ -300,8 +298,11 @@ impl LogCore {
         }
     }
 
-    fn mark_group(&self, group: &Group) -> io::Result<()> {
+    fn mark_group(&self, group: &Group, flushed: Flushed) -> io::Result<()> {
         let mut io = self.lock_io();
+        if flushed == Flushed::File {
+            io.unsynced_since = None;
+        }
         let mark = Mark { next_index: group.last.index.0 + 1, chain: group.chain, ..io.next_mark(&self.lock()) };
         io.write_mark(&group.segment, mark)
     }
@@ -315,8 +316,9 @@ impl LogCore {
         let mark = Mark { next_index: base.0, chain: segment.header.chain, ..io.next_mark(&self.lock()) };
         segment.create(engine.disk.as_ref(), &mark, engine.options.fill_size)?;
         io.mark = mark;
+        io.unsynced_since = None;
         if let Some(before) = io.marked.replace(Arc::clone(segment)) {
-            before.end_fill();
+            before.end_writes();
         }
         let manifest = Manifest { tail: Some(base), ..io.manifest.clone() };
         io.save_manifest(engine.disk.as_ref(), &self.dir, manifest)?;
@@ -334,12 +336,13 @@ impl LogCore {
         chain: u64,
     ) -> io::Result<()> {
         let disk = self.engine.disk.as_ref();
-        segment.end_fill();
-        removed.iter().for_each(|segment| segment.end_fill());
+        segment.end_writes();
+        removed.iter().for_each(|segment| segment.end_writes());
         let mut io = self.lock_io();
         let mark = io.next_mark(&self.lock());
         io.write_mark(segment, Mark { next_index: index_after(keep), chain, sealed_at: Some(sealed_at), ..mark })?;
         segment.file()?.sync()?;
+        io.unsynced_since = None;
         if !removed.is_empty() {
             let manifest = Manifest { tail: Some(segment.header.base_index), ..io.manifest.clone() };
             io.save_manifest(disk, &self.dir, manifest)?;
@@ -379,6 +382,7 @@ impl LogCore {
         checkpoints: Vec<(CheckpointKind, Bytes)>,
     ) -> io::Result<()> {
         let disk = self.engine.disk.as_ref();
+        removed.iter().for_each(|segment| segment.end_writes());
         for (kind, bytes) in checkpoints {
             let position = purged.ok_or_else(|| io::Error::other("a checkpoint needs a position"))?;
             checkpoint::write(self, kind, position, &bytes)?;
@@ -414,7 +418,26 @@ impl LogCore {
         if mark.committed != io.mark.committed {
             io.write_mark(&segment, mark)?;
         }
+        io.unsynced_since = None;
         segment.file()?.sync()
+    }
+
+    /// Syncs the marks of a log that is busy, if none of its flushes has for `delay`. Its
+    /// appends go on meanwhile.
+    pub fn sync_old_mark(self: &Arc<Self>, delay: Duration) {
+        let segment = {
+            // Whoever holds this now syncs the mark, or will have written another.
+            let Ok(mut io) = self.io.try_lock() else { return };
+            if io.unsynced_since.is_none_or(|since| since.elapsed() < delay) {
+                return;
+            }
+            io.unsynced_since = None;
+            io.marked.clone()
+        };
+        let Some(segment) = segment else { return };
+        if let Err(error) = segment.file().and_then(|file| file.sync()) {
+            self.poison(&format!("sync of the durable mark failed: {error}"));
+        }
     }
 
     /// Closes the log for writing for good: a failed sync may have dropped bytes that a second

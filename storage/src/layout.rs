@@ -27,8 +27,9 @@ use crate::position::LogPosition;
 pub(crate) const SEGMENT_DATA_AT: u64 = 12_288;
 /// Where the two slots of the durable mark stand.
 pub(crate) const MARK_AT: [u64; 2] = [4_096, 8_192];
-/// Size of the part of a segment that holds the header, and of each slot.
-pub(crate) const BLOCK_SIZE: usize = 4_096;
+/// Size of the part of a segment that holds the header, and of each slot, in bytes; the unit in
+/// which batches are written.
+pub const BLOCK_SIZE: usize = 4_096;
 /// The one version that this program reads and writes.
 pub(crate) const VERSION: u32 = 1;
 

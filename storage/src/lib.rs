@@ -50,7 +50,7 @@ pub use checkpoint::CheckpointKind;
 pub use disk::faulty::{FaultyDisk, Operation};
 pub use disk::memory::MemoryDisk;
 pub use disk::real::RealDisk;
-pub use disk::{Disk, File};
+pub use disk::{BLOCK_SIZE, BlockFile, Disk, File};
 pub use error::{Error, OpenError, ReadError};
 pub use inspect::{BatchInspection, Inspection, LogInspection, SegmentInspection, inspect, inspect_on};
 pub use log::{Log, OnFlushed};

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::checkpoint::{CheckpointKind, CheckpointWrite};
-use crate::engine::Engine;
+use crate::engine::{Engine, Next};
 use crate::error::Error;
 use crate::flush::{Done, Group, LogIo, Op};
 use crate::layout::SegmentHeader;
@@ -170,7 +170,7 @@ impl LogCore {
     /// Gives the log to the engine unless the engine has it.
     pub fn schedule(self: &Arc<Self>, state: &mut State) {
         if !std::mem::replace(&mut state.scheduled, true) {
-            self.engine.schedule(Arc::clone(self));
+            self.engine.schedule(Arc::clone(self), Next::of(state));
         }
     }
 
@@ -230,7 +230,7 @@ impl LogCore {
             return;
         }
         let options = &self.engine.options;
-        let capacity = state.next_capacity.max(crate::layout::SEGMENT_DATA_AT + size);
+        let capacity = crate::disk::blocks::round_up(state.next_capacity.max(crate::layout::SEGMENT_DATA_AT + size));
         state.next_capacity = (state.next_capacity * 2).min(options.segment_size_max).max(state.next_capacity);
         let segment = Arc::new(Segment::new(
             &self.dir,

@@ -28,6 +28,8 @@ pub struct Identity {
 pub struct Options {
     /// How segments are written.
     pub backend: Backend,
+    /// Batches are written past the page cache where the file system can do that.
+    pub direct_writes: bool,
     /// Capacity of a log's first segment; each next one has twice the one before.
     pub segment_size_first: u64,
     /// Capacity at which segments stop growing.
@@ -38,11 +40,12 @@ pub struct Options {
     pub pending_size_max: usize,
     /// One flush group of one log: one write and one fdatasync.
     pub flush_size_max: usize,
-    /// Zeroes written at the creation of a segment, and the step of filling ahead.
+    /// Zeroes written at the creation of a segment, and the first step of filling ahead; the steps
+    /// of a busy log grow.
     pub fill_size: u64,
     /// Zeroes written ahead per second, over all logs; beyond it appends extend their file.
     pub fill_rate_max: u64,
-    /// After this time without a flush the durable mark is synced.
+    /// Within about this time the durable mark is synced.
     pub mark_delay_ms: u64,
     /// Threads that write, sync and create files.
     pub thread_count: usize,
@@ -52,13 +55,14 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             backend: Backend::Auto,
+            direct_writes: true,
             segment_size_first: 1 << 20,
             segment_size_max: 64 << 20,
             recent_size_max: limits::RECENT_SIZE_MAX,
             pending_size_max: 4 * limits::UNCOMMITTED_SIZE_MAX,
             flush_size_max: 8 << 20,
             fill_size: 256 << 10,
-            fill_rate_max: 256 << 20,
+            fill_rate_max: 512 << 20,
             mark_delay_ms: 100,
             thread_count: 4,
         }

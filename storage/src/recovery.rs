@@ -188,7 +188,7 @@ pub(crate) fn recover(
         checkpoints: kept_checkpoints,
         ..State::default()
     };
-    Ok((state, LogIo { manifest, mark, marked }, recovery))
+    Ok((state, LogIo { manifest, mark, marked, unsynced_since: None }, recovery))
 }
 
 /// A committed position beyond the end becomes the end.
@@ -342,7 +342,7 @@ impl Opener<'_> {
         let sealed_at = found.mark.sealed_at.unwrap_or(u64::MAX);
         let data_end = size.min(found.header.capacity).min(sealed_at);
         let start = index_after(manifest.purged);
-        let segment = Arc::new(Segment::opened(&self.dir, found.header, found.file, size, found.slot));
+        let segment = Arc::new(Segment::opened(&self.dir, found.header, found.file, found.slot));
         let mut state = SegmentState::new(Arc::clone(&segment));
         let file = segment.file().map_err(failed)?.as_ref();
         let mut walk = Walk::new(file, SEGMENT_DATA_AT, data_end);
@@ -488,7 +488,7 @@ impl Opener<'_> {
             }
         }
         if let Some(tail) = walked.segments.back().filter(|_| !sealed) {
-            tail.segment.allow_fill(self.disk)?;
+            tail.segment.allow_fill();
         }
         // A truncation that had lowered the mark and not yet the manifest is completed here.
         let tail = walked.segments.back().map(|tail| tail.segment.header.base_index);
@@ -524,7 +524,7 @@ impl Opener<'_> {
         self.disk.rename(&fresh, &old.path())?;
         self.disk.sync_dir(&self.dir)?;
         let slot = read_front(file.as_ref())?.slot;
-        Ok(Segment::opened(&self.dir, old.header.clone(), file, segment.end, slot))
+        Ok(Segment::opened(&self.dir, old.header.clone(), file, slot))
     }
 }
 

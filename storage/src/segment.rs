@@ -3,11 +3,12 @@
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use arqon_proto::{BATCH_HEADER_SIZE, Batch, BatchKind, DecodeError, Header};
 use bytes::Bytes;
 
-use crate::disk::{Disk, File, join};
+use crate::disk::{BlockFile, Disk, File, blocks, join};
 use crate::layout::{BLOCK_SIZE, MARK_AT, Mark, SEGMENT_DATA_AT, SegmentHeader};
 use crate::position::LogPosition;
 
@@ -16,25 +17,60 @@ const INDEX_STEP: u64 = 64 << 10;
 /// Bytes read at once when headers are walked.
 const WINDOW_SIZE: usize = 64 << 10;
 
+/// Longest time in which a busy log uses up one step of zeroes; the next step is larger.
+const FILL_STEP_TIME: Duration = Duration::from_millis(100);
+/// Largest step of filling ahead, in bytes.
+const FILL_STEP_MAX: u64 = 8 << 20;
+
 /// A segment that exists, or that a queued roll will create before anything is written to it.
+///
+/// ```text
+///          end of the batches   durable_end    zeroes being written
+///   ───────────────┼─────────────────┼────────────────┤
+///     batches      │ zeroes, durable │                │
+/// ```
+///
+/// Blocks up to `durable_end` are allocated and written for good, zeroes at least: replacing them
+/// changes nothing but their bytes.
 pub(crate) struct Segment {
     pub dir: String,
     pub header: SegmentHeader,
     file: OnceLock<Arc<dyn File>>,
+    tail: Mutex<Tail>,
     fill: Mutex<Fill>,
     filled: Condvar,
     /// Which of the two slots holds the newest mark; the next one goes to the other.
     slot: AtomicUsize,
 }
 
-/// How far the file is written over, with batches or zeroes.
+/// What writing batches needs, as long as the segment takes any.
+#[derive(Default)]
+struct Tail {
+    blocks: Option<Arc<dyn BlockFile>>,
+    /// Byte after the last batch written, and the bytes of its block up to there: the next write
+    /// begins with them.
+    end: u64,
+    begun: Vec<u8>,
+}
+
+/// Zeroes ahead of the batches.
 #[derive(Default)]
 struct Fill {
-    size: u64,
-    running: bool,
+    allowed: bool,
     /// Handle for the zeroes, apart from that of the batches: the system reports a failed
     /// write-back once per handle, and a failure seen here must not hide from their sync.
-    file: Option<Arc<dyn File>>,
+    blocks: Option<Arc<dyn BlockFile>>,
+    durable_end: u64,
+    /// Byte after the last write of batches, finished or not.
+    reserved_end: u64,
+    /// Somebody writes zeroes and syncs them.
+    running: bool,
+    /// Zeroes are being written right now.
+    writing: bool,
+    /// Batches wait for that to end.
+    hurry: bool,
+    step: u64,
+    stepped_at: Option<Instant>,
 }
 
 impl Segment {
@@ -43,16 +79,18 @@ impl Segment {
             dir: dir.to_owned(),
             header,
             file: OnceLock::new(),
+            tail: Mutex::default(),
             fill: Mutex::default(),
             filled: Condvar::new(),
             slot: AtomicUsize::new(0),
         }
     }
 
-    pub fn opened(dir: &str, header: SegmentHeader, file: Arc<dyn File>, size: u64, slot: usize) -> Self {
+    /// A segment of an earlier run. Of its zeroes nothing is known: the file may have been copied
+    /// with holes in their place.
+    pub fn opened(dir: &str, header: SegmentHeader, file: Arc<dyn File>, slot: usize) -> Self {
         let segment = Self::new(dir, header);
         segment.slot.store(slot, Ordering::Relaxed);
-        segment.lock_fill().size = size;
         let _ = segment.file.set(file);
         segment
     }
@@ -68,8 +106,7 @@ impl Segment {
     /// Creates the file with header, first mark and zeroes; durable when it returns. No batch
     /// may be written before, so that a file with this name always has a whole header.
     pub fn create(&self, disk: &dyn Disk, mark: &Mark, fill_size: u64) -> io::Result<()> {
-        let size = (SEGMENT_DATA_AT + fill_size).min(self.header.capacity);
-        let mut front = vec![0; usize::try_from(size).map_err(io::Error::other)?];
+        let mut front = vec![0; usize::try_from(SEGMENT_DATA_AT).map_err(io::Error::other)?];
         for (at, block) in [(0, self.header.encode()), (MARK_AT[0], mark.encode())] {
             let at = usize::try_from(at).map_err(io::Error::other)?;
             front[at..at + block.len()].copy_from_slice(&block);
@@ -77,10 +114,20 @@ impl Segment {
         let fresh = format!("{}.tmp", self.path());
         let file = disk.create(&fresh)?;
         file.write_at(&[Bytes::from(front)], 0)?;
+        let (blocks, fill_blocks) = (disk.open_blocks(&fresh)?, disk.open_blocks(&fresh)?);
+        let end = blocks::round_up(SEGMENT_DATA_AT + fill_size).min(self.header.capacity);
+        let mut at = SEGMENT_DATA_AT;
+        while at < end {
+            let zeroes = blocks::zeroes(end - at)?;
+            blocks.write(zeroes, at)?;
+            at += zeroes.len() as u64;
+        }
         file.sync()?;
         disk.rename(&fresh, &self.path())?;
         disk.sync_dir(&self.dir)?;
-        *self.lock_fill() = Fill { size, running: false, file: Some(disk.open(&self.path())?) };
+        *self.lock_fill() =
+            Fill { allowed: true, blocks: Some(fill_blocks), durable_end: at, step: fill_size, ..Fill::default() };
+        self.lock_tail().blocks = Some(blocks);
         assert!(self.file.set(file).is_ok(), "a segment is created once");
         Ok(())
     }
@@ -97,55 +144,132 @@ impl Segment {
         self.fill.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the bytes up to `end` for a write. With `wait` false, false means that zeroes are
-    /// being written there right now.
-    pub fn reserve(&self, end: u64, wait: bool) -> bool {
+    fn lock_tail(&self) -> MutexGuard<'_, Tail> {
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The handle through which batches are written. Called by operations of the log only: a
+    /// later one may remove the file and give its name to another.
+    pub fn blocks(&self, disk: &dyn Disk) -> io::Result<Arc<dyn BlockFile>> {
+        let mut tail = self.lock_tail();
+        if let Some(blocks) = &tail.blocks {
+            return Ok(Arc::clone(blocks));
+        }
+        let blocks = disk.open_blocks(&self.path())?;
+        tail.blocks = Some(Arc::clone(&blocks));
+        self.lock_fill().blocks = Some(disk.open_blocks(&self.path())?);
+        Ok(blocks)
+    }
+
+    /// The bytes before `at` in its block, which are written again with what follows them.
+    pub fn take_begun(&self, at: u64) -> io::Result<Vec<u8>> {
+        let mut tail = self.lock_tail();
+        if tail.end == at {
+            return Ok(std::mem::take(&mut tail.begun));
+        }
+        let from = blocks::round_down(at);
+        let mut begun = vec![0; usize::try_from(at - from).map_err(io::Error::other)?];
+        if self.file()?.read_at(&mut begun, from)? < begun.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(begun)
+    }
+
+    /// Keeps the bytes of the last block, of which `end` is the first free one.
+    pub fn put_begun(&self, end: u64, begun: Vec<u8>) {
+        let mut tail = self.lock_tail();
+        (tail.end, tail.begun) = (end, begun);
+    }
+
+    /// Takes the blocks up to `end` for a write of batches. Says whether they are durable
+    /// already, so that replacing them changes no more than their bytes.
+    pub fn reserve(&self, end: u64) -> bool {
+        let end = blocks::round_up(end);
         let mut fill = self.lock_fill();
-        while fill.running && end > fill.size {
-            if !wait {
-                return false;
-            }
+        while fill.writing && end > fill.durable_end {
+            fill.hurry = true;
             fill = self.filled.wait(fill).unwrap_or_else(PoisonError::into_inner);
         }
-        fill.size = fill.size.max(end);
-        true
+        fill.reserved_end = fill.reserved_end.max(end);
+        end <= fill.durable_end
+    }
+
+    /// Batches up to `end` were written, and this file was synced after that.
+    pub fn synced_through(&self, end: u64) {
+        let mut fill = self.lock_fill();
+        fill.durable_end = fill.durable_end.max(blocks::round_up(end));
     }
 
     /// Lets zeroes be written ahead in a segment that was opened.
-    pub fn allow_fill(&self, disk: &dyn Disk) -> io::Result<()> {
-        self.lock_fill().file = Some(disk.open(&self.path())?);
-        Ok(())
+    pub fn allow_fill(&self) {
+        self.lock_fill().allowed = true;
     }
 
-    /// No more zeroes: the segment is full or was cut.
-    pub fn end_fill(&self) {
-        self.lock_fill().file = None;
-    }
-
-    /// Whether fewer than `ahead` zero bytes follow `end` and there is room for more.
-    pub fn wants_fill(&self, end: u64, ahead: u64) -> bool {
-        let fill = self.lock_fill();
-        fill.file.is_some() && !fill.running && fill.size < self.header.capacity && fill.size < end + ahead
-    }
-
-    /// Writes up to `size` zeroes behind what is written; says how many.
-    pub fn fill(&self, size: u64) -> io::Result<u64> {
-        let (file, from, to) = {
+    /// No more batches: the segment is full or was cut.
+    pub fn end_writes(&self) {
+        {
             let mut fill = self.lock_fill();
-            let to = (fill.size + size).min(self.header.capacity);
-            let Some(file) = fill.file.clone().filter(|_| !fill.running && to > fill.size) else { return Ok(0) };
-            fill.running = true;
-            (file, fill.size, to)
+            (fill.allowed, fill.blocks) = (false, None);
+        }
+        *self.lock_tail() = Tail::default();
+    }
+
+    /// Whether few zero bytes follow `end` and there is room for more.
+    pub fn wants_fill(&self, end: u64, ahead_min: u64) -> bool {
+        let fill = self.lock_fill();
+        let ahead = (fill.step / 2).max(ahead_min);
+        fill.allowed && !fill.running && fill.durable_end < self.header.capacity && fill.durable_end < end + ahead
+    }
+
+    /// Writes zeroes behind what is written, at least `size_min` bytes and more the faster
+    /// the log goes; durable when it returns. Says how many.
+    pub fn fill(&self, size_min: u64) -> io::Result<u64> {
+        let (blocks, from, to) = {
+            let mut fill = self.lock_fill();
+            let from = fill.durable_end.max(fill.reserved_end);
+            let end = blocks::round_down(self.header.capacity);
+            // In a segment that was opened the end of the batches shows with the first write.
+            if !fill.allowed || fill.running || from < SEGMENT_DATA_AT || from >= end {
+                return Ok(0);
+            }
+            let Some(blocks) = fill.blocks.clone() else { return Ok(0) };
+            fill.grow_step(size_min);
+            (fill.running, fill.hurry) = (true, false);
+            (blocks, from, blocks::round_up(from + fill.step).min(end))
         };
-        let zeroes = Bytes::from(vec![0; usize::try_from(to - from).map_err(io::Error::other)?]);
-        let result = file.write_at(&[zeroes], from).and_then(|()| file.sync());
+        let result = self.write_zeroes(blocks.as_ref(), from, to);
         let mut fill = self.lock_fill();
         fill.running = false;
-        if result.is_ok() {
-            fill.size = to;
+        let end = result?;
+        fill.durable_end = fill.durable_end.max(end);
+        Ok(end - from)
+    }
+
+    fn write_zeroes(&self, blocks: &dyn BlockFile, from: u64, to: u64) -> io::Result<u64> {
+        let mut at = from;
+        let mut result = Ok(());
+        while at < to && result.is_ok() {
+            {
+                let mut fill = self.lock_fill();
+                // A write of batches that took these blocks meanwhile will sync the file itself.
+                if std::mem::take(&mut fill.hurry) || fill.reserved_end > at {
+                    break;
+                }
+                fill.writing = true;
+            }
+            result = blocks::zeroes(to - at).and_then(|zeroes| {
+                at += zeroes.len() as u64;
+                blocks.write(zeroes, at - zeroes.len() as u64)
+            });
+            self.lock_fill().writing = false;
+            self.filled.notify_all();
         }
-        self.filled.notify_all();
-        result.map(|()| to - from)
+        result?;
+        if at == from {
+            return Ok(from);
+        }
+        blocks.sync()?;
+        Ok(at)
     }
 
     /// One batch whose header was found at `at`, CRCs checked.
@@ -156,6 +280,15 @@ impl Segment {
             return Err(DecodeError::Crc { what: "batch header" }.into());
         }
         Ok(batch)
+    }
+}
+
+impl Fill {
+    fn grow_step(&mut self, size_min: u64) {
+        let now = Instant::now();
+        let step = self.step.max(size_min);
+        let busy = self.stepped_at.replace(now).is_some_and(|before| now - before < FILL_STEP_TIME);
+        self.step = if busy { (step * 2).min(FILL_STEP_MAX.max(size_min)) } else { step };
     }
 }
 

@@ -80,7 +80,7 @@ impl Store {
     /// written by a newer program, or the disk failed. Nothing was changed then.
     pub fn open(dir: &Path, identity: Identity, options: Options) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Io { what: dir.display().to_string(), source };
-        let disk = RealDisk::create(dir).map_err(failed)?;
+        let disk = RealDisk::create(dir).map_err(failed)?.with_direct_writes(options.direct_writes);
         Self::open_on(Arc::new(disk), identity, options)
     }
 

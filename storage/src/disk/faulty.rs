@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-use super::{Disk, File};
+use super::{BlockFile, Disk, File};
 
 /// The operations that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// A write to a file.
     Write,
-    /// A sync of a file.
+    /// A sync of a file, or a flush of the disk.
     Sync,
     /// A read or view of a file.
     Read,
@@ -93,6 +93,15 @@ impl Disk for FaultyDisk {
         Ok(self.wrap(self.disk.open(path)?))
     }
 
+    fn open_blocks(&self, path: &str) -> io::Result<Arc<dyn BlockFile>> {
+        Ok(Arc::new(FaultyBlockFile { file: self.disk.open_blocks(path)?, plan: Arc::clone(&self.plan) }))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.plan.check(Operation::Sync)?;
+        self.disk.flush()
+    }
+
     fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
         self.plan.check(Operation::Name)?;
         Ok(self.wrap(self.disk.create(path)?))
@@ -156,5 +165,26 @@ impl File for FaultyFile {
     fn view(&self, at: u64, size: usize, capacity: u64) -> io::Result<Bytes> {
         self.plan.check(Operation::Read)?;
         self.file.view(at, size, capacity)
+    }
+}
+
+struct FaultyBlockFile {
+    file: Arc<dyn BlockFile>,
+    plan: Arc<Plan>,
+}
+
+impl BlockFile for FaultyBlockFile {
+    fn write(&self, blocks: &[u8], at: u64) -> io::Result<()> {
+        self.plan.check(Operation::Write)?;
+        self.file.write(blocks, at)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.plan.check(Operation::Sync)?;
+        self.file.sync()
+    }
+
+    fn flushed_with_disk(&self) -> bool {
+        self.file.flushed_with_disk()
     }
 }

@@ -3,7 +3,9 @@
 //! Files keep the bytes of their last sync and the list of writes since; directories keep the
 //! names of their last sync and the list of changes since. [`MemoryDisk::cut`] decides by a
 //! seed, for each unsynced write and each unsynced change of a name on its own, whether it
-//! reached the disk, did not, or (writes only) reached it in some 512-byte sectors.
+//! reached the disk, did not, or (writes only) reached it in some 512-byte sectors. A flush of
+//! the disk makes only those block writes durable that replaced durable bytes: where a file
+//! grew, the flush says nothing about its new blocks.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use bytes::Bytes;
 
-use super::{Disk, File};
+use super::{BLOCK_SIZE, BlockFile, Disk, File};
 
 const SECTOR_SIZE: usize = 512;
 
@@ -25,7 +27,42 @@ enum Node {
 struct FileData {
     now: Vec<u8>,
     durable: Vec<u8>,
-    unsynced: Vec<(u64, Vec<u8>)>,
+    unsynced: Vec<Write>,
+}
+
+#[derive(Clone)]
+struct Write {
+    at: u64,
+    bytes: Vec<u8>,
+    kind: WriteKind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum WriteKind {
+    /// Through the page cache.
+    Cached,
+    /// Whole blocks that make the file grow, or replace bytes that are not durable.
+    Blocks,
+    /// Whole blocks that replace durable bytes.
+    BlocksOver,
+}
+
+impl FileData {
+    fn write(&mut self, at: u64, bytes: Vec<u8>, kind: WriteKind) {
+        put(&mut self.now, at, &bytes);
+        self.unsynced.push(Write { at, bytes, kind });
+    }
+
+    /// Makes the writes durable for which `takes` holds, in order.
+    fn settle(&mut self, takes: impl Fn(&Write) -> bool) {
+        for write in std::mem::take(&mut self.unsynced) {
+            if takes(&write) {
+                put(&mut self.durable, write.at, &write.bytes);
+            } else {
+                self.unsynced.push(write);
+            }
+        }
+    }
 }
 
 #[derive(Clone, Default)]
@@ -137,7 +174,7 @@ impl MemoryDisk {
         let mut contents = self.lock_contents();
         for file in &mut contents.files {
             let mut found = std::mem::take(&mut file.durable);
-            for (at, bytes) in std::mem::take(&mut file.unsynced) {
+            for Write { at, bytes, .. } in std::mem::take(&mut file.unsynced) {
                 match random.next() % 3 {
                     0 => {}
                     1 => put(&mut found, at, &bytes),
@@ -283,6 +320,18 @@ impl Disk for MemoryDisk {
         Ok(self.file_at(contents.file(path)?))
     }
 
+    fn open_blocks(&self, path: &str) -> io::Result<Arc<dyn BlockFile>> {
+        let contents = self.lock_contents();
+        contents.check(self.life)?;
+        Ok(Arc::new(MemoryFile { disk: self.clone(), file: contents.file(path)? }))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let mut contents = self.change()?;
+        contents.files.iter_mut().for_each(|file| file.settle(|write| write.kind == WriteKind::BlocksOver));
+        Ok(())
+    }
+
     fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let mut contents = self.change()?;
         let (dir, name) = split(path);
@@ -354,18 +403,13 @@ impl File for MemoryFile {
     fn write_at(&self, pieces: &[Bytes], at: u64) -> io::Result<()> {
         let bytes = pieces.concat();
         let mut contents = self.disk.change()?;
-        let file = &mut contents.files[self.file];
-        put(&mut file.now, at, &bytes);
-        file.unsynced.push((at, bytes));
+        contents.files[self.file].write(at, bytes, WriteKind::Cached);
         Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
         let mut contents = self.disk.change()?;
-        let file = &mut contents.files[self.file];
-        for (at, bytes) in std::mem::take(&mut file.unsynced) {
-            put(&mut file.durable, at, &bytes);
-        }
+        contents.files[self.file].settle(|_| true);
         Ok(())
     }
 
@@ -391,5 +435,29 @@ impl File for MemoryFile {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         Ok(bytes.into())
+    }
+}
+
+impl BlockFile for MemoryFile {
+    fn write(&self, blocks: &[u8], at: u64) -> io::Result<()> {
+        let (size, end) = (blocks.len(), at + blocks.len() as u64);
+        assert!(size.is_multiple_of(BLOCK_SIZE) && at.is_multiple_of(BLOCK_SIZE as u64), "whole blocks only");
+        assert!((blocks.as_ptr() as usize).is_multiple_of(BLOCK_SIZE), "blocks are aligned in memory");
+        let mut contents = self.disk.change()?;
+        let file = &mut contents.files[self.file];
+        let dirty = file.unsynced.iter().filter(|write| write.kind == WriteKind::Cached);
+        let mut overlaps = dirty.map(|write| write.at < end && at < write.at + write.bytes.len() as u64);
+        assert!(!overlaps.any(|overlaps| overlaps), "blocks were written over a dirty page");
+        let over = end <= file.durable.len() as u64;
+        file.write(at, blocks.to_vec(), if over { WriteKind::BlocksOver } else { WriteKind::Blocks });
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        File::sync(self)
+    }
+
+    fn flushed_with_disk(&self) -> bool {
+        true
     }
 }

@@ -1,25 +1,34 @@
-//! Files of the operating system. Reads are maps of the page cache, shared with the writer.
+//! Files of the operating system. Batches are written past the page cache (O_DIRECT) where the
+//! file system can, and read through maps of it: the kernel takes the pages that a direct write
+//! replaces out of the cache, before the write and again after it, so a map shows the bytes of
+//! every write that has completed. That holds as long as no page of the range is dirty, which is
+//! the rule of [`BlockFile::write`].
 
 use std::fs;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags, flock, fstatfs, statx};
 
-use super::{Disk, File};
+use super::{BLOCK_SIZE, BlockFile, Disk, File};
 
 /// Slices that one pwritev takes.
 const SLICE_COUNT_MAX: usize = 512;
+/// `f_type` of ext2, ext3 and ext4.
+const EXT4: rustix::fs::FsWord = 0xef53;
 
 /// A directory of the file system.
 pub struct RealDisk {
     root: PathBuf,
     read_only: bool,
-    lock: Mutex<Option<fs::File>>,
+    direct: bool,
+    /// Also the file through which the disk is flushed: it is there and never dirty.
+    lock: Mutex<Option<Arc<fs::File>>>,
 }
 
 impl RealDisk {
@@ -29,13 +38,40 @@ impl RealDisk {
     /// The directory cannot be created.
     pub fn create(root: &Path) -> io::Result<Self> {
         fs::create_dir_all(root)?;
-        Ok(Self { root: root.to_owned(), read_only: false, lock: Mutex::new(None) })
+        Ok(Self { root: root.to_owned(), read_only: false, direct: true, lock: Mutex::new(None) })
     }
 
     /// The directory `root` as it is; every change of it fails.
     #[must_use]
     pub fn read_only(root: &Path) -> Self {
-        Self { root: root.to_owned(), read_only: true, lock: Mutex::new(None) }
+        Self { root: root.to_owned(), read_only: true, direct: false, lock: Mutex::new(None) }
+    }
+
+    /// Whether batches may be written past the page cache; they are unless this says no.
+    #[must_use]
+    pub fn with_direct_writes(self, direct: bool) -> Self {
+        Self { direct, ..self }
+    }
+
+    fn locked(&self) -> Option<Arc<fs::File>> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn open_direct(&self, path: &Path) -> Option<fs::File> {
+        let direct = i32::try_from(OFlags::DIRECT.bits()).ok()?;
+        let file = fs::File::options().read(true).write(true).custom_flags(direct).open(path).ok()?;
+        // Some file systems take the flag and write through the cache all the same.
+        let status = statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+        let fits = |align: u32| align > 0 && BLOCK_SIZE.is_multiple_of(align as usize);
+        let aligned = fits(status.stx_dio_mem_align) && fits(status.stx_dio_offset_align);
+        (status.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && aligned).then_some(file)
+    }
+
+    /// Whether one fdatasync of the lock file flushes `file` too: see ADR 2.
+    fn flushed_with_lock(&self, file: &fs::File) -> io::Result<bool> {
+        let Some(lock) = self.locked() else { return Ok(false) };
+        let same_disk = lock.metadata()?.dev() == file.metadata()?.dev();
+        Ok(same_disk && fstatfs(file)?.f_type == EXT4)
     }
 
     fn change(&self, path: &str) -> io::Result<PathBuf> {
@@ -54,19 +90,35 @@ impl Disk for RealDisk {
     fn lock(&self, path: &str) -> io::Result<()> {
         let file = fs::File::options().create(true).truncate(false).write(true).open(self.change(path)?)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(file));
         Ok(())
     }
 
     fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let file = fs::File::options().read(true).write(!self.read_only).open(self.root.join(path))?;
-        Ok(Arc::new(RealFile { file, map: OnceLock::new() }))
+        Ok(Arc::new(RealFile::new(file)))
+    }
+
+    fn open_blocks(&self, path: &str) -> io::Result<Arc<dyn BlockFile>> {
+        let path = self.change(path)?;
+        if self.direct
+            && let Some(file) = self.open_direct(&path)
+        {
+            let flushed_with_disk = self.flushed_with_lock(&file)?;
+            return Ok(Arc::new(RealBlockFile { file, flushed_with_disk }));
+        }
+        let file = fs::File::options().read(true).write(true).open(path)?;
+        Ok(Arc::new(RealBlockFile { file, flushed_with_disk: false }))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.locked().ok_or(io::ErrorKind::Unsupported)?.sync_data()
     }
 
     fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let path = self.change(path)?;
         let file = fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?;
-        Ok(Arc::new(RealFile { file, map: OnceLock::new() }))
+        Ok(Arc::new(RealFile::new(file)))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
@@ -103,9 +155,15 @@ struct RealFile {
     file: fs::File,
     /// The whole capacity of the file; every view counts as a user of it.
     map: OnceLock<Bytes>,
+    /// The file had this size once, and it never shrinks.
+    size_seen: AtomicU64,
 }
 
 impl RealFile {
+    fn new(file: fs::File) -> Self {
+        Self { file, map: OnceLock::new(), size_seen: AtomicU64::new(0) }
+    }
+
     fn map(&self, capacity: u64) -> io::Result<&Bytes> {
         if let Some(map) = self.map.get() {
             return Ok(map);
@@ -158,17 +216,38 @@ impl File for RealFile {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.len())
+        let size = self.file.metadata()?.len();
+        self.size_seen.store(size, Ordering::Relaxed);
+        Ok(size)
     }
 
     fn view(&self, at: u64, size: usize, capacity: u64) -> io::Result<Bytes> {
         let end = at + size as u64;
         // A file that somebody cut short must give an error, not a fault of the process.
-        if end > capacity || end > self.size()? {
+        if end > capacity || end > self.size_seen.load(Ordering::Relaxed) && end > self.size()? {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let at = usize::try_from(at).map_err(io::Error::other)?;
         Ok(self.map(capacity)?.slice(at..at + size))
+    }
+}
+
+struct RealBlockFile {
+    file: fs::File,
+    flushed_with_disk: bool,
+}
+
+impl BlockFile for RealBlockFile {
+    fn write(&self, blocks: &[u8], at: u64) -> io::Result<()> {
+        self.file.write_all_at(blocks, at)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn flushed_with_disk(&self) -> bool {
+        self.flushed_with_disk
     }
 
     fn descriptor(&self) -> Option<RawFd> {

@@ -12,7 +12,7 @@ use std::sync::mpsc::Receiver;
 
 use crate::support::*;
 use arqon_proto::{Batch, Offset, RaftIndex};
-use arqon_storage::{CheckpointKind, Disk, File, Log, LogPosition, MemoryDisk, OpenError, Store};
+use arqon_storage::{BlockFile, CheckpointKind, Disk, File, Log, LogPosition, MemoryDisk, OpenError, Store};
 use bytes::Bytes;
 
 type Entry = (u64, u64, u32, Bytes);
@@ -217,12 +217,16 @@ impl Promises {
 #[derive(Clone, Copy, PartialEq)]
 enum Lie {
     None,
+    /// Syncs of files; there is no flush of the disk then.
     Files,
     Names,
+    /// The flush of the disk.
+    Flush,
 }
 
 struct LyingDisk(MemoryDisk, Lie);
 struct LyingFile(Arc<dyn File>);
+struct LyingBlockFile(Arc<dyn BlockFile>);
 
 impl Disk for LyingDisk {
     fn name(&self) -> String {
@@ -238,6 +242,13 @@ impl Disk for LyingDisk {
     fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let file = self.0.create(path)?;
         Ok(if self.1 == Lie::Files { Arc::new(LyingFile(file)) } else { file })
+    }
+    fn open_blocks(&self, path: &str) -> io::Result<Arc<dyn BlockFile>> {
+        let file = self.0.open_blocks(path)?;
+        Ok(if self.1 == Lie::Files { Arc::new(LyingBlockFile(file)) } else { file })
+    }
+    fn flush(&self) -> io::Result<()> {
+        if self.1 == Lie::Flush { Ok(()) } else { self.0.flush() }
     }
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.0.rename(from, to)
@@ -274,6 +285,15 @@ impl File for LyingFile {
     }
     fn view(&self, at: u64, size: usize, capacity: u64) -> io::Result<Bytes> {
         self.0.view(at, size, capacity)
+    }
+}
+
+impl BlockFile for LyingBlockFile {
+    fn write(&self, blocks: &[u8], at: u64) -> io::Result<()> {
+        self.0.write(blocks, at)
+    }
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -345,7 +365,7 @@ fn nothing_acknowledged_is_lost_whenever_the_power_goes() {
 /// The control: on a disk that pretends to sync, these cuts must find losses.
 #[test]
 fn a_disk_that_pretends_to_sync_is_found_out() {
-    for lie in [Lie::Files, Lie::Names] {
+    for lie in [Lie::Files, Lie::Names, Lie::Flush] {
         let broken = (0..60).filter(|at| judge_cut(at * 2, at * 1_000, lie).is_err()).count();
         assert!(broken > 0, "no cut showed that syncs are missing");
     }

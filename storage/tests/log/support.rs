@@ -51,10 +51,18 @@ impl Fixture {
         Self { place, options: Options { backend, ..small_options() } }
     }
 
-    /// In memory, on files with plain calls, and on files with io_uring where it is allowed.
+    /// On files, through the page cache.
+    pub fn cached(backend: Backend) -> Self {
+        let mut fixture = Self::real(backend);
+        fixture.options.direct_writes = false;
+        fixture
+    }
+
+    /// In memory, on files with plain calls and with io_uring where it is allowed, past the page
+    /// cache and through it.
     pub fn all() -> Vec<Self> {
         let uring = Self::real(Backend::Uring);
-        let mut all = vec![Self::memory(), Self::real(Backend::Plain)];
+        let mut all = vec![Self::memory(), Self::real(Backend::Plain), Self::cached(Backend::Auto)];
         match uring.try_store() {
             Ok(_) => all.push(uring),
             Err(error) => eprintln!("io_uring is not tested: {error}"),
@@ -66,7 +74,10 @@ impl Fixture {
         match &self.place {
             // A process that starts again: the lock of the one before is gone.
             Place::Memory(disk) => Arc::new(disk.again()),
-            Place::Real(dir) => Arc::new(RealDisk::create(dir.path()).unwrap()),
+            Place::Real(dir) => {
+                let disk = RealDisk::create(dir.path()).unwrap();
+                Arc::new(disk.with_direct_writes(self.options.direct_writes))
+            }
         }
     }
 
