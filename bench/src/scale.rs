@@ -143,7 +143,7 @@ pub async fn run(args: ScaleArgs) -> Result<Table, String> {
     let mut lines = Vec::new();
     for count in PARTITION_COUNTS {
         if args.wants(&format!("growth-{count}")) {
-            lines.extend(shown(growth::measure(&bench, count).await?));
+            lines.extend(growth::measure(&bench, count).await?);
         }
     }
     lines.extend(shown(growth::ratios(&lines)));
@@ -156,7 +156,7 @@ pub async fn run(args: ScaleArgs) -> Result<Table, String> {
         lines.extend(shown(reader::measure(&bench).await?));
     }
     if args.wants("greedy") {
-        lines.extend(shown(greedy::measure(&bench).await?));
+        lines.extend(greedy::measure(&bench).await?);
     }
     if args.wants("cgroup") {
         lines.extend(shown(greedy::measure_in_cgroup(&bench).await?));

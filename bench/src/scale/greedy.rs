@@ -28,7 +28,7 @@ use super::{
     hello::Deaf,
     process::{is_running, rss_anon_mib},
     publish::{Load, Spread, windowed},
-    table::{Line, Target},
+    table::{Line, Lines, Target},
     text,
 };
 use crate::payload::Payloads;
@@ -58,7 +58,7 @@ const PAYLOAD_SIZE_MAX: u64 = 4 << 30;
 
 /// Each kind of greedy client beside the publishers, on fresh nodes; then all of them at once.
 pub async fn measure(bench: &Bench<'_>) -> Result<Vec<Line>, String> {
-    let mut lines = Vec::new();
+    let mut lines = Lines::default();
     let none = under_load(bench, &[], bench.args.time(SINGLE_SECONDS), None).await?;
     lines.push(none.memory_line("greedy", "RssAnon of a node, publishers only"));
     for kind in Kind::ALL {
@@ -67,7 +67,7 @@ pub async fn measure(bench: &Bench<'_>) -> Result<Vec<Line>, String> {
     }
     let all = under_load(bench, &Kind::ALL, bench.args.time(ALL_SECONDS), None).await?;
     lines.extend(all.lines("greedy"));
-    Ok(lines)
+    Ok(lines.into_lines())
 }
 
 /// What a load did to the nodes.

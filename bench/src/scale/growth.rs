@@ -9,7 +9,7 @@ use super::{
     Bench, client,
     process::rss_anon_mib,
     publish::{Load, Spread, windowed},
-    table::{Line, Target},
+    table::{Line, Lines, Target},
     text,
 };
 use crate::{cpu, load::Measured, payload::Payloads};
@@ -59,7 +59,8 @@ pub async fn measure(bench: &Bench<'_>, partitions: u32) -> Result<Vec<Line>, St
     cluster.create_topic(TOPIC, partitions).await.map_err(text)?;
     wait_for_leaders(&cluster).await?;
     let created = begin.elapsed().as_secs_f64();
-    let mut lines = vec![Line::new(&case, "topic created, all have leaders", created, "s")];
+    let mut lines = Lines::default();
+    lines.push(Line::new(&case, "topic created, all have leaders", created, "s"));
 
     // What creating it left to do is not idleness.
     sleep(bench.args.time(4)).await;
@@ -105,7 +106,7 @@ pub async fn measure(bench: &Bench<'_>, partitions: u32) -> Result<Vec<Line>, St
     lines.push(of_replica(&case, "memory of a replica after the load", loaded, partitions));
     let each = rss_anon_mib(&pids)?.into_iter().fold(0.0, f64::max);
     lines.push(Line::new(&case, "RssAnon of the largest node", each, "MiB").target(Target::AtMost(512.0)));
-    Ok(lines)
+    Ok(lines.into_lines())
 }
 
 /// With few partitions the node itself would be divided among them, so there is no target.

@@ -79,6 +79,25 @@ impl Line {
     }
 }
 
+/// The figures of a case; each is shown as soon as it is there, since some take minutes.
+#[derive(Debug, Default)]
+pub struct Lines(Vec<Line>);
+
+impl Lines {
+    pub fn push(&mut self, line: Line) {
+        eprintln!("{}", line.text());
+        self.0.push(line);
+    }
+
+    pub fn extend(&mut self, lines: Vec<Line>) {
+        lines.into_iter().for_each(|line| self.push(line));
+    }
+
+    pub fn into_lines(self) -> Vec<Line> {
+        self.0
+    }
+}
+
 /// Everything that was measured, and on what.
 #[derive(Clone, Debug, Serialize)]
 pub struct Table {
