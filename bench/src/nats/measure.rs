@@ -1,6 +1,7 @@
 //! What servers used meanwhile: CPU, memory and disk, from /proc and the file system.
 
 use std::{
+    collections::BTreeSet,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -99,14 +100,37 @@ pub fn allocated(dir: &Path) -> u64 {
     sizes.sum()
 }
 
-/// Waits until each store holds `payload_size` bytes at least; the smallest.
+/// Where a replica keeps its logs, a directory each, and those that were there before.
+#[derive(Clone, Debug)]
+pub struct Ground {
+    root: PathBuf,
+    known: BTreeSet<PathBuf>,
+}
+
+impl Ground {
+    /// As it is now.
+    pub fn new(root: PathBuf) -> Self {
+        Self { known: directories(&root).collect(), root }
+    }
+
+    /// Bytes allocated in the logs that have come since.
+    fn grown(&self) -> u64 {
+        directories(&self.root).filter(|path| !self.known.contains(path)).map(|path| allocated(&path)).sum()
+    }
+}
+
+fn directories(root: &Path) -> impl Iterator<Item = PathBuf> {
+    std::fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+/// Waits until each replica has allocated `payload_size` bytes at least for its new logs; the smallest.
 ///
 /// # Errors
 /// A replica that does not have it: its messages were made smaller, or are not there.
-pub async fn check_disk(stores: Vec<PathBuf>, payload_size: u64) -> Result<u64, String> {
+pub async fn check_disk(grounds: &[Ground], payload_size: u64) -> Result<u64, String> {
     let begin = std::time::Instant::now();
     loop {
-        let sizes: Vec<u64> = stores.iter().map(|store| allocated(store)).collect();
+        let sizes: Vec<u64> = grounds.iter().map(Ground::grown).collect();
         let smallest = sizes.iter().copied().min().unwrap_or_default();
         if smallest >= payload_size {
             return Ok(smallest);
@@ -145,11 +169,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_on_disk_is_counted_per_replica() {
+    async fn only_what_is_new_on_every_replica_counts() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("deep")).unwrap();
-        std::fs::write(dir.path().join("deep/file"), vec![1; 100_000]).unwrap();
-        let stores = vec![dir.path().to_owned(), dir.path().join("deep")];
-        assert!(check_disk(stores, 100_000).await.unwrap() >= 100_000);
+        let write = |path: &str| {
+            std::fs::create_dir_all(dir.path().join(path)).unwrap();
+            std::fs::write(dir.path().join(path).join("file"), vec![1; 100_000]).unwrap();
+        };
+        write("1/old");
+        write("2/old");
+        let grounds = ["1", "2"].map(|replica| Ground::new(dir.path().join(replica)));
+        write("1/new/deep");
+        assert_eq!(grounds.each_ref().map(|ground| ground.grown() >= 100_000), [true, false]);
+        write("2/new");
+        let smallest = check_disk(&grounds, 100_000).await.unwrap();
+        assert!((100_000..200_000).contains(&smallest), "{smallest}");
     }
 }

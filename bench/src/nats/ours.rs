@@ -84,9 +84,9 @@ impl Ours {
         pids
     }
 
-    /// The data directory of each node.
-    pub fn stores(&self) -> Vec<PathBuf> {
-        self.cluster.nodes().iter().map(|number| self.data.join(format!("node-{number}"))).collect()
+    /// Where each node keeps its logs.
+    pub fn logs(&self) -> Vec<PathBuf> {
+        self.cluster.nodes().iter().map(|number| self.data.join(format!("node-{number}/logs"))).collect()
     }
 
     /// The client; through the Shield if so asked and if there is one.

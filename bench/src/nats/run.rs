@@ -15,7 +15,7 @@ use super::{
     NatsArgs, Plan, Report,
     cases::{self, Case, Setting, Work},
     client::Transport,
-    measure::{self, Before, HalfRound},
+    measure::{self, Before, Ground, HalfRound},
     ours::{self, Ours},
     page, publish, read,
     report::{Figures, Row, Try},
@@ -105,11 +105,12 @@ impl Side<'_> {
         }
     }
 
-    fn stores(&self) -> Vec<PathBuf> {
-        match self {
-            Self::Ours(ours) => ours.stores(),
-            Self::Nats(servers) => servers.stores(),
-        }
+    fn grounds(&self) -> Vec<Ground> {
+        let roots = match self {
+            Self::Ours(ours) => ours.logs(),
+            Self::Nats(servers) => servers.streams(),
+        };
+        roots.into_iter().map(Ground::new).collect()
     }
 
     fn settings(&self, case: &Case) -> Vec<Setting> {
@@ -121,7 +122,7 @@ impl Side<'_> {
 
     fn durability(&self) -> &'static str {
         match self {
-            Self::Ours(ours) if ours.stores().len() == 1 => "fsync",
+            Self::Ours(ours) if ours.logs().len() == 1 => "fsync",
             Self::Ours(_) => OWN_DURABILITY,
             Self::Nats(servers) => servers.sync.durability(servers.count()),
         }
@@ -287,9 +288,10 @@ impl<'a> Stage<'a> {
             time: Duration::MAX,
             prepared: None,
         };
+        let grounds = side.grounds();
         let leader = side.create(&topic, turn.setting.method).await?;
         let written = self.publish(side, &turn, &topic, &leader, count).await?;
-        measure::check_disk(side.stores(), count * case.size as u64).await?;
+        measure::check_disk(&grounds, count * case.size as u64).await?;
         measure::settle(&self.dir).await?;
         Ok(Some(Prepared { topic, count: written.messages }))
     }
@@ -337,6 +339,7 @@ impl<'a> Stage<'a> {
             return before.after(self.read(side, turn, prepared).await?);
         }
         let topic = self.fresh_topic(turn.case.work);
+        let grounds = side.grounds();
         let leader = side.create(&topic, turn.setting.method).await?;
         let before = Before::new(&busy, &idle)?;
         let count_max = self.plan.size_max / turn.case.size as u64;
@@ -345,7 +348,7 @@ impl<'a> Stage<'a> {
             _ => self.publish(side, turn, &topic, &leader, count_max).await?,
         };
         let mut half = before.after(measured)?;
-        half.disk_size = measure::check_disk(side.stores(), measured.messages * turn.case.size as u64).await?;
+        half.disk_size = measure::check_disk(&grounds, measured.messages * turn.case.size as u64).await?;
         side.delete(&topic).await?;
         measure::settle(&self.dir).await?;
         Ok(half)

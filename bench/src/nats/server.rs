@@ -189,9 +189,9 @@ impl Servers {
         self.nodes.len()
     }
 
-    /// The directory of each server's store.
-    pub fn stores(&self) -> Vec<PathBuf> {
-        self.nodes.iter().map(|node| node.store.clone()).collect()
+    /// Where each server keeps its streams.
+    pub fn streams(&self) -> Vec<PathBuf> {
+        self.nodes.iter().map(|node| node.store.join("jetstream/$G/streams")).collect()
     }
 
     /// Where the clients of a round connect.
