@@ -6,6 +6,7 @@
 //!
 //! For each row: one writer keeps `depth` entries in flight until the bytes are written; the raw
 //! rows write and sync the same bytes to one file, in groups, past the page cache and through it.
+//! The rows of many logs append one entry to each, and wait for all.
 
 use std::fs;
 use std::io;
@@ -116,6 +117,28 @@ fn append(log: &Log, name: &str, entry_size: usize, depth: usize, size: usize) -
     Ok(())
 }
 
+/// Each round appends one entry to every log and waits until all are durable.
+fn rounds(logs: &[Log], entry_size: usize, count: usize) -> io::Result<()> {
+    let records = Bytes::from(vec![0x5a; entry_size - BATCH_HEADER_SIZE]);
+    let (begin, mut latencies) = ((Instant::now(), cpu()), Vec::new());
+    for round in 0..count {
+        let start = Instant::now();
+        let (sender, flushed) = sync_channel(logs.len());
+        for log in logs {
+            let sender = sender.clone();
+            let callback = Box::new(move |result: io::Result<()>| drop(sender.send(result)));
+            log.append(vec![entry(round as u64, &records)], callback).map_err(io::Error::other)?;
+        }
+        for _ in logs {
+            flushed.recv().map_err(io::Error::other)??;
+        }
+        latencies.push(start.elapsed());
+    }
+    let name = format!("{} logs, an entry of {} KiB to each", logs.len(), entry_size >> 10);
+    row(&name, entry_size * count * logs.len(), begin, latencies);
+    Ok(())
+}
+
 /// Reads everything from the start: most of it was never in the page cache.
 fn read(log: &Log) -> io::Result<()> {
     let (begin, mut latencies) = ((Instant::now(), cpu()), Vec::new());
@@ -153,6 +176,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let large = log(4)?;
     append(&large, "log, entries of 1 MiB, 4 in flight", 1 << 20, 4, args.size)?;
     read(&large)?;
+    for (base, log_count, round_count) in [(1_000, 10, 1_000), (2_000, 100, 300), (3_000, 1_000, 50)] {
+        let logs: Result<Vec<_>, _> = (0..log_count).map(|number| log(base + number)).collect();
+        rounds(&logs?, 4 << 10, round_count)?;
+    }
     let metrics = store.metrics();
     let count = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
     println!(

@@ -9,6 +9,7 @@ pub(crate) mod blocks;
 pub(crate) mod faulty;
 pub(crate) mod memory;
 pub(crate) mod real;
+pub(crate) mod ring;
 
 use std::io;
 use std::os::fd::RawFd;
@@ -130,8 +131,14 @@ pub trait File: Send + Sync {
     /// `UnexpectedEof` when the file is shorter, or a failure of the disk.
     fn view(&self, at: u64, size: usize, capacity: u64) -> io::Result<Bytes>;
 
-    /// Reads a range that will be viewed soon ahead, in the background, where the disk can.
-    fn prefetch(&self, _at: u64, _size: u64) {}
+    /// At most `size` bytes around byte `at`, read at once and past the page cache, and the byte
+    /// at which they begin. `None` when the disk cannot do that, or has no buffer for it now.
+    ///
+    /// # Errors
+    /// A failure of the disk.
+    fn read_past_cache(&self, _at: u64, _size: usize) -> io::Result<Option<(u64, Bytes)>> {
+        Ok(None)
+    }
 }
 
 /// One open file that takes whole blocks of [`BLOCK_SIZE`].

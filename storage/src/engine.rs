@@ -12,7 +12,6 @@
 //! The thread that takes a round does all of it, so that a group wakes one thread on its way to
 //! the disk. While a round waits for the disk, the next one may be written by another thread.
 
-pub(crate) mod ring;
 mod round;
 
 use std::collections::VecDeque;
@@ -23,10 +22,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use self::ring::Ring;
 use self::round::Writer;
 use crate::checkpoint::{self, CheckpointWrite};
 use crate::disk::Disk;
+use crate::disk::ring::Ring;
 use crate::error::OpenError;
 use crate::flush::Op;
 use crate::log::{LogCore, State};
@@ -130,7 +129,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn rings() -> io::Result<Vec<Ring>> {
-    (0..ROUND_COUNT).map(|_| Ring::new()).collect()
+    (0..ROUND_COUNT).map(|_| Ring::new(ROUND_LOG_COUNT_MAX as u32)).collect()
 }
 
 impl Engine {

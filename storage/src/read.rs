@@ -46,16 +46,17 @@ impl Span {
 }
 
 impl LogCore {
-    /// Walks the headers of `span`, and reads the batches that `choose` takes. Says whether the
-    /// end of the span was reached.
+    /// Walks the headers of `span`, and reads the batches that `choose` takes, about `size`
+    /// bytes of them. Says whether the end of the span was reached.
     fn walk(
         &self,
         mut span: Span,
+        size: usize,
         mut choose: impl FnMut(&Header) -> Step,
         mut take: impl FnMut(Batch),
     ) -> Result<bool, ReadError> {
-        let file = span.segment.file()?.as_ref();
-        let mut walk = Walk::new(file, span.at, span.end);
+        let segment = Arc::clone(&span.segment);
+        let mut walk = Walk::of_batches(segment.file()?.as_ref(), span.at, span.end, size);
         let mut at = span.at;
         loop {
             let header = match walk.next() {
@@ -72,7 +73,7 @@ impl LogCore {
             match choose(&header) {
                 Step::Skip => {}
                 Step::Stop => return Ok(false),
-                Step::Take => match span.segment.batch_at(at, &header) {
+                Step::Take => match walk.batch(&segment, at, &header) {
                     Ok(batch) => take(batch),
                     Err(BatchError::Disk(error)) if error.kind() != std::io::ErrorKind::UnexpectedEof => {
                         return Err(error.into());
@@ -188,6 +189,7 @@ impl Log {
                 Span::of(&state, segment, segment.enter_index(next))
             };
             let Gathered { batches, size, size_max } = &mut gathered;
+            let wanted = size_max.saturating_sub(*size);
             let start = next;
             let choose = |header: &Header| {
                 if header.index.0 < start {
@@ -200,7 +202,7 @@ impl Log {
                 *size = with;
                 Step::Take
             };
-            let result = self.core.walk(span, choose, |batch| {
+            let result = self.core.walk(span, wanted, choose, |batch| {
                 next = batch.header.index.0 + 1;
                 batches.push(batch);
             });
@@ -241,6 +243,7 @@ impl Log {
             };
             let span_next = span.next_offset;
             let Gathered { batches, size, size_max } = &mut gathered;
+            let wanted = size_max.saturating_sub(*size);
             let start = next;
             let choose = |header: &Header| {
                 if header.index > through {
@@ -256,7 +259,7 @@ impl Log {
                 *size = with;
                 Step::Take
             };
-            match self.core.walk(span, choose, |batch| batches.push(batch)) {
+            match self.core.walk(span, wanted, choose, |batch| batches.push(batch)) {
                 Ok(true) => next = next.max(span_next),
                 Ok(false) => return Ok(gathered.batches),
                 Err(_) if !gathered.batches.is_empty() => return Ok(gathered.batches),
@@ -305,7 +308,7 @@ impl Log {
                 }
                 Step::Skip
             };
-            self.core.walk(span, choose, drop)?;
+            self.core.walk(span, 0, choose, drop)?;
             if let Some(offset) = found {
                 return Ok(offset.max(self.log_start()));
             }

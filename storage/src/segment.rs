@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use arqon_proto::{BATCH_HEADER_SIZE, Batch, BatchKind, DecodeError, Header};
 use bytes::Bytes;
 
-use crate::disk::{BlockFile, Disk, File, blocks, join};
+use crate::disk::blocks::{self, READ_SIZE_MAX};
+use crate::disk::{BlockFile, Disk, File, join};
 use crate::layout::{BLOCK_SIZE, MARK_AT, Mark, SEGMENT_DATA_AT, SegmentHeader};
 use crate::position::LogPosition;
 
@@ -16,6 +17,9 @@ use crate::position::LogPosition;
 const INDEX_STEP: u64 = 64 << 10;
 /// Bytes read at once when headers are walked.
 const WINDOW_SIZE: usize = 64 << 10;
+/// Readers that want fewer bytes than this go through the page cache: what one of them reads,
+/// others may read again.
+const CHUNK_SIZE_MIN: usize = 256 << 10;
 
 /// Longest time in which a busy log uses up one step of zeroes; the next step is larger.
 const FILL_STEP_TIME: Duration = Duration::from_millis(100);
@@ -274,12 +278,7 @@ impl Segment {
 
     /// One batch whose header was found at `at`, CRCs checked.
     pub fn batch_at(&self, at: u64, header: &Header) -> Result<Batch, BatchError> {
-        let mut bytes = self.file()?.view(at, header.batch_size(), self.header.capacity)?;
-        let batch = Batch::split_from(&mut bytes)?;
-        if batch.header != *header {
-            return Err(DecodeError::Crc { what: "batch header" }.into());
-        }
-        Ok(batch)
+        split(self.file()?.view(at, header.batch_size(), self.header.capacity)?, header)
     }
 }
 
@@ -406,11 +405,17 @@ impl SegmentState {
     }
 }
 
-/// Reads headers one after the other through a window, without their payloads.
+/// Reads headers one after the other through a window, without their payloads unless they are
+/// asked for.
 pub(crate) struct Walk<'a> {
     file: &'a dyn File,
     window: Vec<u8>,
     window_at: u64,
+    /// Bytes read past the page cache, where many are wanted.
+    chunk: Bytes,
+    chunk_at: u64,
+    /// Up to where bytes are wanted, about, and so read; 0 for no such reads.
+    chunk_end: u64,
     /// Byte of the next header.
     pub at: u64,
     end: u64,
@@ -418,13 +423,55 @@ pub(crate) struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     pub fn new(file: &'a dyn File, at: u64, end: u64) -> Self {
-        Self { file, window: Vec::new(), window_at: 0, at, end }
+        let (window, chunk) = (Vec::new(), Bytes::new());
+        Self { file, window, window_at: 0, chunk, chunk_at: 0, chunk_end: 0, at, end }
+    }
+
+    /// For about `size` bytes of whole batches from `at` on.
+    pub fn of_batches(file: &'a dyn File, at: u64, end: u64, size: usize) -> Self {
+        // The first batch stands up to a step of the index behind `at`.
+        let wanted_end = at.saturating_add(2 * INDEX_STEP).saturating_add(size as u64);
+        let chunk_end = if size >= CHUNK_SIZE_MIN { wanted_end.min(end) } else { 0 };
+        Self { chunk_end, ..Self::new(file, at, end) }
+    }
+
+    /// `size` bytes from `at` on in the chunk, which is read anew when it does not hold them.
+    fn in_chunk(&mut self, at: u64, size: usize) -> io::Result<Option<Bytes>> {
+        for fresh in [false, true] {
+            if fresh {
+                let from = blocks::round_down(at);
+                let needed = at + size as u64 - from;
+                let wanted = (blocks::round_up(self.chunk_end).max(from) - from).max(needed);
+                let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(READ_SIZE_MAX);
+                if needed > wanted as u64 {
+                    return Ok(None);
+                }
+                let Some((from, bytes)) = self.file.read_past_cache(at, wanted)? else {
+                    self.chunk_end = 0;
+                    return Ok(None);
+                };
+                (self.chunk_at, self.chunk) = (from, bytes);
+            }
+            if let Some(from) = at.checked_sub(self.chunk_at)
+                && let Ok(from) = usize::try_from(from)
+                && from + size <= self.chunk.len()
+            {
+                return Ok(Some(self.chunk.slice(from..from + size)));
+            }
+        }
+        Ok(None)
     }
 
     /// The next 128 bytes; `None` when fewer are left before the end.
     pub fn bytes(&mut self) -> io::Result<Option<[u8; BATCH_HEADER_SIZE]>> {
         if self.at + BATCH_HEADER_SIZE as u64 > self.end {
             return Ok(None);
+        }
+        if self.chunk_end > 0
+            && let Some(bytes) = self.in_chunk(self.at, BATCH_HEADER_SIZE)?
+            && let Some(bytes) = bytes.first_chunk()
+        {
+            return Ok(Some(*bytes));
         }
         for _ in 0..2 {
             if let Some(from) = self.at.checked_sub(self.window_at)
@@ -450,6 +497,24 @@ impl<'a> Walk<'a> {
         self.at += header.batch_size() as u64;
         Ok(Some((at, header)))
     }
+
+    /// The batch whose header was found at `at`, CRCs checked.
+    pub fn batch(&mut self, segment: &Segment, at: u64, header: &Header) -> Result<Batch, BatchError> {
+        if self.chunk_end > 0
+            && let Some(bytes) = self.in_chunk(at, header.batch_size())?
+        {
+            return split(bytes, header);
+        }
+        segment.batch_at(at, header)
+    }
+}
+
+fn split(mut bytes: Bytes, header: &Header) -> Result<Batch, BatchError> {
+    let batch = Batch::split_from(&mut bytes)?;
+    if batch.header != *header {
+        return Err(DecodeError::Crc { what: "batch header" }.into());
+    }
+    Ok(batch)
 }
 
 /// Header and newest mark of a segment file, and whether a mark slot is neither whole nor empty.

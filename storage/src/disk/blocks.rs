@@ -1,14 +1,21 @@
 //! Memory from which whole blocks are written.
 
 use std::io;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use bytes::Bytes;
 use memmap2::{Mmap, MmapMut};
 
 use crate::layout::BLOCK_SIZE;
 
 /// Most zeroes written at once.
 const ZEROES_SIZE: usize = 1 << 20;
+
+/// Bytes of one read past the page cache, at most: 1 MiB of batches, and the way to the first of
+/// them from a point of the index.
+pub(crate) const READ_SIZE_MAX: usize = (1 << 20) + (128 << 10);
+/// Buffers for such reads, of the whole process; in use until the last slice of them is gone.
+const READ_BUFFER_COUNT_MAX: usize = 64;
 
 /// Whole blocks, page-aligned and zero at first. Takes no memory before it is used.
 ///
@@ -44,4 +51,57 @@ pub(crate) fn round_up(at: u64) -> u64 {
 /// The last block boundary at or before `at`.
 pub(crate) fn round_down(at: u64) -> u64 {
     at - at % BLOCK_SIZE as u64
+}
+
+/// The buffers for reads, used over and over: memory that is touched for the first time costs
+/// more than the read.
+#[derive(Default)]
+struct ReadBuffers {
+    free: Vec<MmapMut>,
+    made_count: usize,
+}
+
+fn read_buffers() -> MutexGuard<'static, ReadBuffers> {
+    static BUFFERS: Mutex<ReadBuffers> = Mutex::new(ReadBuffers { free: Vec::new(), made_count: 0 });
+    BUFFERS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A buffer that goes back when it is dropped.
+pub(crate) struct ReadBuffer(Option<MmapMut>);
+
+impl ReadBuffer {
+    /// A buffer of [`READ_SIZE_MAX`] bytes; `None` when all are in use.
+    pub fn take() -> Option<Self> {
+        let mut buffers = read_buffers();
+        if let Some(buffer) = buffers.free.pop() {
+            return Some(Self(Some(buffer)));
+        }
+        if buffers.made_count == READ_BUFFER_COUNT_MAX {
+            return None;
+        }
+        let fresh = buffer(READ_SIZE_MAX).ok()?;
+        buffers.made_count += 1;
+        Some(Self(Some(fresh)))
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.0.as_deref_mut().unwrap_or_default()
+    }
+
+    /// Its first `size` bytes; it goes back when the last slice of them is gone.
+    pub fn into_bytes(self, size: usize) -> Bytes {
+        Bytes::from_owner(self).slice(..size)
+    }
+}
+
+impl AsRef<[u8]> for ReadBuffer {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_deref().unwrap_or_default()
+    }
+}
+
+impl Drop for ReadBuffer {
+    fn drop(&mut self) {
+        read_buffers().free.extend(self.0.take());
+    }
 }

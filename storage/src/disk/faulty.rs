@@ -166,6 +166,11 @@ impl File for FaultyFile {
         self.plan.check(Operation::Read)?;
         self.file.view(at, size, capacity)
     }
+
+    fn read_past_cache(&self, at: u64, size: usize) -> io::Result<Option<(u64, Bytes)>> {
+        self.plan.check(Operation::Read)?;
+        self.file.read_past_cache(at, size)
+    }
 }
 
 struct FaultyBlockFile {

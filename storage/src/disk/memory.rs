@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use bytes::Bytes;
 
-use super::{BLOCK_SIZE, BlockFile, Disk, File};
+use super::{BLOCK_SIZE, BlockFile, Disk, File, blocks};
 
 const SECTOR_SIZE: usize = 512;
 
@@ -435,6 +435,14 @@ impl File for MemoryFile {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         Ok(bytes.into())
+    }
+
+    fn read_past_cache(&self, at: u64, size: usize) -> io::Result<Option<(u64, Bytes)>> {
+        let from = blocks::round_down(at);
+        let mut bytes = vec![0; size.next_multiple_of(BLOCK_SIZE)];
+        let read = self.read_at(&mut bytes, from)?;
+        bytes.truncate(read);
+        Ok(Some((from, bytes.into())))
     }
 }
 

@@ -4,6 +4,7 @@
 //! every write that has completed. That holds as long as no page of the range is dirty, which is
 //! the rule of [`BlockFile::write`].
 
+use std::cell::RefCell;
 use std::fs;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,10 +16,15 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use bytes::Bytes;
 use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags, flock, fstatfs, statx};
 
+use super::blocks::{self, READ_SIZE_MAX, ReadBuffer};
+use super::ring::{Job, Ring};
 use super::{BLOCK_SIZE, BlockFile, Disk, File};
 
 /// Slices that one pwritev takes.
 const SLICE_COUNT_MAX: usize = 512;
+/// Parts of a large read that are read at once, and the least size of one.
+const READ_PART_COUNT: u32 = 4;
+const READ_PART_SIZE_MIN: usize = 128 << 10;
 /// `f_type` of ext2, ext3 and ext4.
 const EXT4: rustix::fs::FsWord = 0xef53;
 
@@ -27,6 +33,7 @@ pub struct RealDisk {
     root: PathBuf,
     read_only: bool,
     direct: bool,
+    uring: bool,
     /// Also the file through which the disk is flushed: it is there and never dirty.
     lock: Mutex<Option<Arc<fs::File>>>,
 }
@@ -38,13 +45,13 @@ impl RealDisk {
     /// The directory cannot be created.
     pub fn create(root: &Path) -> io::Result<Self> {
         fs::create_dir_all(root)?;
-        Ok(Self { root: root.to_owned(), read_only: false, direct: true, lock: Mutex::new(None) })
+        Ok(Self { root: root.to_owned(), read_only: false, direct: true, uring: true, lock: Mutex::new(None) })
     }
 
     /// The directory `root` as it is; every change of it fails.
     #[must_use]
     pub fn read_only(root: &Path) -> Self {
-        Self { root: root.to_owned(), read_only: true, direct: false, lock: Mutex::new(None) }
+        Self { root: root.to_owned(), read_only: true, direct: false, uring: false, lock: Mutex::new(None) }
     }
 
     /// Whether batches may be written past the page cache; they are unless this says no.
@@ -53,18 +60,20 @@ impl RealDisk {
         Self { direct, ..self }
     }
 
-    fn locked(&self) -> Option<Arc<fs::File>> {
-        self.lock.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Whether large reads may go through io_uring; they may unless this says no.
+    #[must_use]
+    pub fn with_uring(self, uring: bool) -> Self {
+        Self { uring, ..self }
     }
 
-    fn open_direct(&self, path: &Path) -> Option<fs::File> {
-        let direct = i32::try_from(OFlags::DIRECT.bits()).ok()?;
-        let file = fs::File::options().read(true).write(true).custom_flags(direct).open(path).ok()?;
-        // Some file systems take the flag and write through the cache all the same.
-        let status = statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
-        let fits = |align: u32| align > 0 && BLOCK_SIZE.is_multiple_of(align as usize);
-        let aligned = fits(status.stx_dio_mem_align) && fits(status.stx_dio_offset_align);
-        (status.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && aligned).then_some(file)
+    fn file(&self, file: fs::File) -> Arc<dyn File> {
+        let (direct, map, size_seen) = (OnceLock::new(), OnceLock::new(), AtomicU64::new(0));
+        let (may_be_direct, uring) = (self.direct, self.uring);
+        Arc::new(RealFile { file, direct, may_be_direct, uring, map, size_seen })
+    }
+
+    fn locked(&self) -> Option<Arc<fs::File>> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether one fdatasync of the lock file flushes `file` too: see ADR 2.
@@ -96,13 +105,13 @@ impl Disk for RealDisk {
 
     fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let file = fs::File::options().read(true).write(!self.read_only).open(self.root.join(path))?;
-        Ok(Arc::new(RealFile::new(file)))
+        Ok(self.file(file))
     }
 
     fn open_blocks(&self, path: &str) -> io::Result<Arc<dyn BlockFile>> {
         let path = self.change(path)?;
         if self.direct
-            && let Some(file) = self.open_direct(&path)
+            && let Some(file) = open_direct(&path, true)
         {
             let flushed_with_disk = self.flushed_with_lock(&file)?;
             return Ok(Arc::new(RealBlockFile { file, flushed_with_disk }));
@@ -118,7 +127,7 @@ impl Disk for RealDisk {
     fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let path = self.change(path)?;
         let file = fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?;
-        Ok(Arc::new(RealFile::new(file)))
+        Ok(self.file(file))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
@@ -151,8 +160,36 @@ impl Disk for RealDisk {
     }
 }
 
+/// Opens a file past the page cache, where its file system can do that.
+fn open_direct(path: &Path, write: bool) -> Option<fs::File> {
+    let direct = i32::try_from(OFlags::DIRECT.bits()).ok()?;
+    let file = fs::File::options().read(true).write(write).custom_flags(direct).open(path).ok()?;
+    // Some file systems take the flag and go through the cache all the same.
+    let status = statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    let fits = |align: u32| align > 0 && BLOCK_SIZE.is_multiple_of(align as usize);
+    let aligned = fits(status.stx_dio_mem_align) && fits(status.stx_dio_offset_align);
+    (status.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && aligned).then_some(file)
+}
+
+fn read_at(file: &fs::File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], at + filled as u64) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
 struct RealFile {
     file: fs::File,
+    /// For reads past the page cache, from the first one on; `None` where that is refused.
+    direct: OnceLock<Option<fs::File>>,
+    may_be_direct: bool,
+    uring: bool,
     /// The whole capacity of the file; every view counts as a user of it.
     map: OnceLock<Bytes>,
     /// The file had this size once, and it never shrinks.
@@ -160,8 +197,13 @@ struct RealFile {
 }
 
 impl RealFile {
-    fn new(file: fs::File) -> Self {
-        Self { file, map: OnceLock::new(), size_seen: AtomicU64::new(0) }
+    fn direct(&self) -> Option<&fs::File> {
+        let open = || {
+            // Not by its name, which may belong to another file by now.
+            let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            open_direct(Path::new(&path), false).filter(|_| self.may_be_direct)
+        };
+        self.direct.get_or_init(open).as_ref()
     }
 
     fn map(&self, capacity: u64) -> io::Result<&Bytes> {
@@ -203,16 +245,7 @@ impl File for RealFile {
     }
 
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
-        let mut filled = 0;
-        while filled < buffer.len() {
-            match self.file.read_at(&mut buffer[filled..], at + filled as u64) {
-                Ok(0) => break,
-                Ok(read) => filled += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(filled)
+        read_at(&self.file, buffer, at)
     }
 
     fn size(&self) -> io::Result<u64> {
@@ -230,6 +263,61 @@ impl File for RealFile {
         let at = usize::try_from(at).map_err(io::Error::other)?;
         Ok(self.map(capacity)?.slice(at..at + size))
     }
+
+    fn read_past_cache(&self, at: u64, size: usize) -> io::Result<Option<(u64, Bytes)>> {
+        let Some(file) = self.direct() else { return Ok(None) };
+        let Some(mut buffer) = ReadBuffer::take() else { return Ok(None) };
+        let from = blocks::round_down(at);
+        let size = size.next_multiple_of(BLOCK_SIZE).min(READ_SIZE_MAX);
+        let bytes = &mut buffer.bytes_mut()[..size];
+        let read = match self.uring.then(|| read_side_by_side(file, bytes, from)).flatten() {
+            Some(read) => read,
+            None => read_once(file, bytes, from)?,
+        };
+        Ok(Some((from, buffer.into_bytes(read))))
+    }
+}
+
+/// One read past the page cache. A read that ends inside a block has met the end of the file, and
+/// another one from there would be refused.
+fn read_once(file: &fs::File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
+    loop {
+        match file.read_at(bytes, at) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+/// Reads a large range in parts that the disk works on at once: it is bound by the time that a
+/// read takes, not by its size. `None` when that failed, for whatever reason.
+fn read_side_by_side(file: &fs::File, bytes: &mut [u8], at: u64) -> Option<usize> {
+    thread_local! {
+        static RING: RefCell<Option<Ring>> = RefCell::new(Ring::new(READ_PART_COUNT).ok());
+    }
+    if bytes.len() < READ_PART_SIZE_MIN * 2 {
+        return None;
+    }
+    let part_size = bytes.len().div_ceil(READ_PART_COUNT as usize).next_multiple_of(BLOCK_SIZE);
+    let part_size = part_size.max(READ_PART_SIZE_MIN);
+    let starts = (at..).step_by(part_size);
+    let parts = bytes.chunks_mut(part_size).zip(starts);
+    let mut jobs: Vec<Job<'_>> = parts.map(|(part, at)| Job::Read(file.as_raw_fd(), part, at)).collect();
+    let results = RING.with_borrow_mut(|ring| {
+        let results = ring.as_mut()?.run(&mut jobs).ok();
+        if results.is_none() {
+            *ring = None;
+        }
+        results
+    })?;
+    let mut read = 0;
+    for (number, result) in results.into_iter().enumerate() {
+        // What follows a short part is behind a hole.
+        if read == number * part_size {
+            read += result.ok()?;
+        }
+    }
+    Some(read)
 }
 
 struct RealBlockFile {

@@ -3,7 +3,7 @@
 
 use crate::support::*;
 use arqon_proto::{Offset, RaftIndex};
-use arqon_storage::{CheckpointKind, LogPosition, OpenError, ReadError};
+use arqon_storage::{CheckpointKind, LogPosition, OpenError, Options, ReadError};
 use bytes::Bytes;
 
 #[test]
@@ -57,6 +57,33 @@ fn reads_cross_segments_and_the_border_to_memory() {
         assert!(log.read_data(Offset(300), RaftIndex(300), 10).unwrap().is_empty());
         let through = log.read_data(Offset(0), RaftIndex(10), usize::MAX).unwrap();
         assert_eq!(through.last().unwrap().header.index, RaftIndex(10));
+    }
+}
+
+/// Large reads go past the page cache, small ones through it; writes go past it all the time. All
+/// of them must show the same bytes, also around the blocks that are written more than once.
+#[test]
+fn large_and_small_reads_and_writes_see_each_other() {
+    for fixture in Fixture::all() {
+        let options = Options { segment_size_first: 4 << 20, segment_size_max: 8 << 20, ..fixture.options };
+        let fixture = Fixture { options, ..fixture };
+        let (_store, log, _) = fixture.open();
+        let mut expected = Vec::new();
+        for step in 0..60_u64 {
+            let size = [100, 5_000, 70_000, 600_000, 1_300_000][(step * step % 5) as usize];
+            let batches: Vec<_> = (0..1 + step % 3).map(|at| data(1, next_index(&log) + at, 1, size, 0)).collect();
+            expected.extend(batches.iter().map(essence));
+            append_flushed(&log, batches);
+            // The last entries again and again, so that their pages are mapped when more is written.
+            let from = (expected.len() as u64).saturating_sub(4);
+            for size_max in [1, 1 << 20] {
+                let found: Vec<_> = read_entries(&log, from, size_max).iter().map(essence).collect();
+                assert_eq!(found, expected[from as usize..], "after step {step}, {size_max} bytes at a time");
+            }
+        }
+        for size_max in [10_000, 300_000, 1 << 20, 8 << 20] {
+            assert!(read_data(&log, 0, size_max).iter().map(essence).eq(expected.iter().cloned()), "{size_max}");
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Writes and syncs of many files side by side, through io_uring: told to the kernel in one call
+//! Reads, writes and syncs of many places side by side, through io_uring: told to the kernel in one call
 //! and waited for in the same one, so that the device is told once and no thread is between.
 
 use std::io;
@@ -6,10 +6,10 @@ use std::os::fd::RawFd;
 
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
-const ENTRY_COUNT: u32 = 256;
-
 /// One thing to do to one file.
-pub(super) enum Job<'a> {
+pub(crate) enum Job<'a> {
+    /// Read this many bytes from this place, or as many as there are.
+    Read(RawFd, &'a mut [u8], u64),
     /// Write these bytes at this place.
     Write(RawFd, &'a [u8], u64),
     /// fdatasync.
@@ -17,9 +17,13 @@ pub(super) enum Job<'a> {
 }
 
 impl Job<'_> {
-    fn entry(&self) -> squeue::Entry {
+    fn entry(&mut self) -> squeue::Entry {
         match self {
-            // The kernel says how much of a larger piece it wrote.
+            // Of a larger piece the kernel says how much it did.
+            Self::Read(fd, bytes, at) => {
+                let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+                opcode::Read::new(types::Fd(*fd), bytes.as_mut_ptr(), size).offset(*at).build()
+            }
             Self::Write(fd, bytes, at) => {
                 let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
                 opcode::Write::new(types::Fd(*fd), bytes.as_ptr(), size).offset(*at).build()
@@ -29,8 +33,9 @@ impl Job<'_> {
     }
 }
 
-pub(super) struct Ring {
+pub(crate) struct Ring {
     ring: IoUring,
+    entry_count: u32,
 }
 
 /// Entries that the kernel may still work on. Leaving the frame that lends it their memory, by
@@ -47,37 +52,38 @@ impl Drop for Lent {
 }
 
 impl Ring {
-    /// Sets up a ring, unless the kernel refuses it or one of the operations.
-    pub fn new() -> io::Result<Self> {
-        let ring = IoUring::new(ENTRY_COUNT)?;
+    /// Sets up a ring with room for `entry_count` jobs at once, a power of two, unless the kernel
+    /// refuses it or one of the operations.
+    pub fn new(entry_count: u32) -> io::Result<Self> {
+        let ring = IoUring::new(entry_count)?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        for code in [opcode::Write::CODE, opcode::Fsync::CODE] {
+        for code in [opcode::Read::CODE, opcode::Write::CODE, opcode::Fsync::CODE] {
             if !probe.is_supported(code) {
                 return Err(io::Error::new(io::ErrorKind::Unsupported, format!("operation {code} is not supported")));
             }
         }
-        Ok(Self { ring })
+        Ok(Self { ring, entry_count })
     }
 
     /// Does all `jobs`, in no order, and returns when the last one is complete: for each the
-    /// bytes written, 0 for a sync, or its error.
+    /// bytes read or written, 0 for a sync, or its error.
     ///
     /// # Errors
     /// The ring does not work any more; an unknown part was done.
-    pub fn run(&mut self, jobs: &[Job<'_>]) -> io::Result<Vec<io::Result<usize>>> {
+    pub fn run(&mut self, jobs: &mut [Job<'_>]) -> io::Result<Vec<io::Result<usize>>> {
         let mut results = Vec::with_capacity(jobs.len());
-        for part in jobs.chunks(ENTRY_COUNT as usize) {
+        for part in jobs.chunks_mut(self.entry_count as usize) {
             let base = results.len();
             results.extend(part.iter().map(|_| Ok(0)));
             let mut lent = Lent(part.len());
-            for (number, job) in part.iter().enumerate() {
+            for (number, job) in part.iter_mut().enumerate() {
                 let entry = job.entry().user_data((base + number) as u64);
                 // SAFETY: the memory and the descriptor of the job are borrowed for this call,
                 // and it is not left before `lent` is down to zero: each entry is complete, or
                 // the kernel has not seen it and the queue that holds it is never submitted again.
                 if unsafe { self.ring.submission().push(&entry) }.is_err() {
-                    unreachable!("the queue is empty and has room for {ENTRY_COUNT} entries");
+                    unreachable!("the queue is empty and has room for {} entries", self.entry_count);
                 }
             }
             while lent.0 > 0 {
