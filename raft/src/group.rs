@@ -24,6 +24,9 @@ use crate::{
     types::{Applied, CommittedLeaderId, Reply, TypeConfig},
 };
 
+/// Entries that a replica may lack and still count as caught up.
+const CAUGHT_UP_LAG_MAX: u64 = 256;
+
 /// Why a proposal has no answer of the state machine.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProposeError {
@@ -166,8 +169,17 @@ impl Group {
         &self.inner.pulse
     }
 
-    pub(crate) fn has_stopped(&self) -> bool {
-        self.inner.log.poisoned().is_some() || stopped(&self.inner.raft).is_some()
+    /// Saves the state of the replica, so that what is applied now is not applied again when it
+    /// is opened next.
+    pub(crate) async fn save_state(&self) -> io::Result<()> {
+        let taken = self.inner.raft.with_state_machine(|machine: &mut Machine| {
+            let checkpoint = machine.take_checkpoint();
+            Box::pin(std::future::ready(checkpoint))
+        });
+        match taken.await.map_err(io::Error::other)? {
+            Some((at, bytes)) => self.inner.log.save_checkpoint(CheckpointKind::Newest, at, bytes).await,
+            None => Ok(()),
+        }
     }
 
     /// Submits a batch in the order of calls. `term` is the term in which the caller checked its
@@ -193,6 +205,37 @@ impl Group {
     #[must_use]
     pub fn status(&self) -> Status {
         read_status(&self.inner.raft, &self.inner.log, *self.inner.readable.borrow())
+    }
+
+    /// Whether this replica leads and has applied an entry of its own term; as [`Self::watch`]
+    /// tells, and cheaper than [`Self::status`].
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.inner.status.borrow().ready
+    }
+
+    /// Node of the leader, when known; as [`Self::watch`] tells, and cheaper than [`Self::status`].
+    #[must_use]
+    pub fn leader(&self) -> Option<NodeId> {
+        self.inner.status.borrow().leader
+    }
+
+    /// Why the replica does not work any more, if so.
+    #[must_use]
+    pub fn stopped(&self) -> Option<String> {
+        self.inner.log.poisoned().or_else(|| stopped(&self.inner.raft))
+    }
+
+    /// Whether this replica leads and the one on `node` has everything but the last few entries.
+    #[must_use]
+    pub fn is_caught_up(&self, node: NodeId) -> bool {
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let mut nodes = metrics.membership_config.membership().nodes();
+        let Some((target, _)) = nodes.find(|(_, at)| at.node == node.0) else { return false };
+        let matching = metrics.replication.as_ref().and_then(|targets| targets.get(target)?.as_ref());
+        let last_index = metrics.last_log_index.unwrap_or_default();
+        matching.is_some_and(|matching| last_index.saturating_sub(matching.index()) <= CAUGHT_UP_LAG_MAX)
     }
 
     /// Follows leadership, term and readiness. Positions in it are those of the last such change.
@@ -269,9 +312,11 @@ impl Group {
         };
         let refused = || ProposeError::NotLeader { leader: self.status().leader };
         let target = target.ok_or_else(refused)?;
-        if !self.status().is_leader {
+        let status = self.status();
+        if !status.is_leader {
             return Err(refused());
         }
+        self.inner.pulse.resign(status.term.0);
         raft.trigger().transfer_leader(target).await.map_err(|fatal| ProposeError::Stopped(fatal.to_string()))
     }
 }

@@ -10,7 +10,11 @@ use std::{
 use arqon_proto::{GroupId, NodeId, ReplicaId, wire};
 use arqon_storage::Store;
 use bytes::Bytes;
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::{
+    StreamExt,
+    future::{BoxFuture, join_all},
+    stream,
+};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, watch},
@@ -41,6 +45,8 @@ const INCOMING_COUNT_MAX: usize = 1_024;
 const INITIALISE_PATIENCE: Duration = Duration::from_secs(2);
 /// A forwarded request may wait for a commit on the other side.
 const FORWARD_PATIENCE: Duration = Duration::from_secs(15);
+/// Replicas stopped at the same time.
+const STOP_COUNT_MAX: usize = 64;
 /// A leader that shuts down waits this long for another to take over.
 const HAND_OVER_PATIENCE: Duration = Duration::from_millis(1_500);
 
@@ -272,7 +278,10 @@ impl Host {
             return Err(OpenError::AlreadyOpen(group));
         }
         let io = |source: io::Error| OpenError::Io { group, replica, source };
-        let log = match self.inner.store.open_log(group, replica) {
+        // Reads and syncs files: not on a thread that others wait for.
+        let store = self.inner.store.clone();
+        let opening = tokio::task::spawn_blocking(move || store.open_log(group, replica));
+        let log = match opening.await.map_err(|error| io(io::Error::other(error)))? {
             Ok((log, recovery)) => {
                 tracing::debug!(group = group.0, replica = replica.0, ?recovery, "log opened");
                 log
@@ -383,6 +392,7 @@ impl Host {
     pub async fn shutdown(&self) {
         let groups = self.inner.groups();
         join_all(groups.iter().map(|group| hand_over(self, group))).await;
+        stream::iter(&groups).for_each_concurrent(STOP_COUNT_MAX, save_state).await;
         self.inner.stopping.send_replace(true);
         self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).clear();
         join_all(groups.iter().map(stop)).await;
@@ -403,6 +413,13 @@ fn log_initialise(error: Option<impl std::fmt::Display>) {
 async fn stop(group: &Group) {
     if let Err(error) = group.raft().shutdown().await {
         tracing::warn!(group = group.id().0, %error, "group did not stop cleanly");
+    }
+}
+
+/// So that the next start has little to apply again.
+async fn save_state(group: &Group) {
+    if let Err(error) = group.save_state().await {
+        tracing::warn!(group = group.id().0, %error, "checkpoint not saved, a restart will take longer");
     }
 }
 

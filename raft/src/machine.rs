@@ -31,6 +31,8 @@ use crate::{
 const CHECKPOINT_VERSION: u32 = 1;
 /// A checkpoint is saved after this many bytes of applied entries.
 const CHECKPOINT_INTERVAL_BYTES: usize = 16 << 20;
+/// A clean stop saves none for less than this.
+const CHECKPOINT_STOP_BYTES: usize = 256 << 10;
 
 /// A group's deterministic state: what the Spine derives from the entries, in order.
 ///
@@ -165,6 +167,15 @@ impl Machine {
             next_offset: self.next_offset.0,
         };
         checkpoint.encode_to_vec().into()
+    }
+
+    /// The state now, if applying what came after the last checkpoint would take time.
+    pub(crate) fn take_checkpoint(&mut self) -> Option<(LogPosition, Bytes)> {
+        let at = self.applied.as_ref().map(position)?;
+        if std::mem::take(&mut self.unsaved_bytes) < CHECKPOINT_STOP_BYTES {
+            return None;
+        }
+        Some((at, self.encode_checkpoint()))
     }
 
     fn restore(&mut self, bytes: &Bytes) -> io::Result<()> {

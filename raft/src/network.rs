@@ -27,6 +27,8 @@ use openraft::{
     },
 };
 
+use tokio::time::{Instant, sleep};
+
 use crate::{
     host::HostInner,
     peer::{Failure, framed::Body, outgoing::Outgoing},
@@ -43,6 +45,9 @@ type Rpc<T> = Result<T, RPCError<TypeConfig>>;
 const PIPELINE_DEPTH: usize = 32;
 /// An append that has no answer for this long fails its session, and the connection with it.
 const APPEND_PATIENCE: Duration = Duration::from_secs(5);
+/// A new group's replicas open at about the same time; one that asks for votes before the others
+/// are open asks again after this time. openraft ends it when the election is over.
+const VOTE_RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Votes and heartbeats that take longer are as good as lost.
 const CONTROL_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -116,16 +121,15 @@ impl Client {
     }
 
     async fn control(&self, message: Message, what: RPCTypes) -> Rpc<Message> {
+        self.call(message).await.map_err(|failure| self.failed(&failure, what, CONTROL_PATIENCE))
+    }
+
+    async fn call(&self, message: Message) -> Result<Message, Failure> {
         let answer = self.peer.control.call(self.frame(message, 0), Body::EMPTY, CONTROL_PATIENCE).await;
-        match answer {
-            Ok((message, _)) => Ok(message),
-            Err(failure) => {
-                if matches!(failure, Failure::TimedOut) {
-                    self.peer.control.reset();
-                }
-                Err(self.failed(&failure, what, CONTROL_PATIENCE))
-            }
+        if matches!(answer, Err(Failure::TimedOut)) {
+            self.peer.control.reset();
         }
+        answer.map(|(message, _)| message)
     }
 
     async fn ask_vote(&self, rpc: &VoteRequest<TypeConfig>, pre: bool) -> Rpc<VoteResponse<TypeConfig>> {
@@ -135,7 +139,17 @@ impl Client {
             leader_transfer: rpc.leadership_transfer,
         };
         let message = if pre { Message::PreVote(request) } else { Message::Vote(request) };
-        let Message::VoteReply(reply) = self.control(message, RPCTypes::Vote).await? else {
+        let deadline = Instant::now() + CONTROL_PATIENCE;
+        let mut answer = self.call(message.clone()).await;
+        while let Err(Failure::Refused { code: wire::peer_error::Code::NoReplica, .. }) = &answer
+            && Instant::now() < deadline
+        {
+            sleep(VOTE_RETRY_DELAY).await;
+            answer = self.call(message.clone()).await;
+        }
+        let Message::VoteReply(reply) =
+            answer.map_err(|failure| self.failed(&failure, RPCTypes::Vote, CONTROL_PATIENCE))?
+        else {
             return Err(unexpected("something other than a vote"));
         };
         let vote = reply.vote.as_ref().and_then(from_wire_vote).ok_or_else(|| unexpected("a malformed vote"))?;

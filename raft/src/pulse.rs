@@ -81,6 +81,9 @@ pub(crate) struct Pulse {
     probed_ms: AtomicU64,
     /// The term in which this replica was last seen to lead.
     led_term: AtomicU64,
+    /// The term in which this replica has asked another to take over: openraft takes no more
+    /// proposals then, so the others must elect somebody if that one does not.
+    resigned_term: AtomicU64,
     /// Some follower does not recognise the beats.
     is_doubted: AtomicBool,
     /// Whether openraft's timer is on.
@@ -97,6 +100,7 @@ impl Pulse {
             proven_ms: AtomicU64::default(),
             probed_ms: AtomicU64::default(),
             led_term: AtomicU64::default(),
+            resigned_term: AtomicU64::default(),
             is_doubted: AtomicBool::default(),
             is_ticking: AtomicBool::default(),
         }
@@ -107,6 +111,11 @@ impl Pulse {
         if let Some(host) = self.host.upgrade() {
             self.proven_ms.store(host.now_ms(), Relaxed);
         }
+    }
+
+    /// This replica gives leadership away and shows no more life as the leader of `term`.
+    pub(crate) fn resign(&self, term: u64) {
+        self.resigned_term.store(term, Relaxed);
     }
 
     /// Whether the leader's lease runs.
@@ -206,7 +215,7 @@ fn lead(host: &HostInner, group: &Group, metrics: &Metrics, now_ms: u64, beats: 
         pulse.probed_ms.store(now_ms, Relaxed);
         pulse.is_doubted.store(false, Relaxed);
     }
-    let Some(beats) = beats else { return };
+    let Some(beats) = beats.filter(|_| pulse.resigned_term.load(Relaxed) != term) else { return };
     // At another time for each group, so that they do not all come at once.
     let phase_ms = mix(metrics.id) % PROBE_MS;
     let period = |at_ms: u64| (at_ms + phase_ms) / PROBE_MS;
@@ -216,7 +225,7 @@ fn lead(host: &HostInner, group: &Group, metrics: &Metrics, now_ms: u64, beats: 
         // A group that is too busy to take this up is asked again; what else it sends shows life.
         drop(group.raft().trigger().heartbeat().now_or_never());
     }
-    if now_ms > pulse.proven_ms.load(Relaxed) + PROOF_MS_MAX || group.has_stopped() {
+    if now_ms > pulse.proven_ms.load(Relaxed) + PROOF_MS_MAX || group.stopped().is_some() {
         return;
     }
     let membership = metrics.membership_config.membership();
@@ -325,6 +334,7 @@ mod tests {
             proven_ms: 0.into(),
             probed_ms: 0.into(),
             led_term: 0.into(),
+            resigned_term: 0.into(),
             is_doubted: false.into(),
             is_ticking: false.into(),
         }

@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use arqon_proto::{Batch, BatchKind, NodeId, Offset, RaftIndex, TlsIdentity, tls_client, tls_server};
 use arqon_raft::{Applied, Group, OpenError, PeerTls, ProposeError};
