@@ -110,16 +110,16 @@ fn event_document(event: &Event) -> Value {
             document.insert(name.to_owned(), value);
         }
     };
-    put("topic", json!(event.topic));
+    put("topic", json!(&*event.topic));
     put("partition", json!(event.partition));
     put("offset", json!(event.offset));
     put("time_ms", json!(event.time_ms));
-    put("id", json!(uuid::Uuid::from_slice(&event.id).map(|id| id.to_string()).unwrap_or_default()));
-    put("type", json!(event.r#type().as_str_name().trim_start_matches("EVENT_TYPE_").to_lowercase()));
-    put("schema", json!(event.schema));
+    put("id", json!(uuid::Uuid::from_bytes(event.id).to_string()));
+    put("type", json!(event.r#type.as_str_name().trim_start_matches("EVENT_TYPE_").to_lowercase()));
+    put("schema", json!(&*event.schema));
     let (name, key) = printable(&event.key);
     put(if name == "payload" { "key" } else { "key_base64" }, json!(key));
-    put("tenant", json!(event.tenant_id));
+    put("tenant", json!(&*event.tenant_id));
     put("traceparent", json!(event.traceparent));
     if !event.headers.is_empty() {
         put("headers", json!(event.headers));

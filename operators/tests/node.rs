@@ -192,7 +192,7 @@ async fn a_native_operator_gives_every_job_its_one_result() {
             (cause.topic.as_str(), cause.partition, cause.group.as_str()),
             ("echo.jobs", result.partition, "echo")
         );
-        assert_eq!(result.r#type(), EventType::JobResult);
+        assert_eq!(result.r#type, EventType::JobResult);
         let job = Event {
             tenant_id: "acme".into(),
             topic: "echo.jobs".into(),
@@ -200,7 +200,7 @@ async fn a_native_operator_gives_every_job_its_one_result() {
             offset: cause.offset,
             ..Event::default()
         };
-        assert_eq!(result.id[..], result_id(&job, "echo"), "a second run would give the same id");
+        assert_eq!(result.id, result_id(&job, "echo"), "a second run would give the same id");
         match key.as_str() {
             "1" => assert!(payload(result).contains("\"error\":\"one is refused\""), "{}", payload(result)),
             "2" => assert_eq!((payload(result).as_str(), cause.attempt), ("echo 2", 2)),
@@ -267,7 +267,7 @@ fn check_seeds(results: &[Event]) {
     for result in results {
         let json: serde_json::Value = serde_json::from_slice(&result.payload).unwrap();
         assert_eq!(json["seed"]["given"], json["job_id"], "{json}");
-        assert_eq!(result.schema, "arqonbus.genesis.result.v1");
+        assert_eq!(&*result.schema, "arqonbus.genesis.result.v1");
         ids.push(json["job_id"].as_u64().unwrap());
     }
     ids.sort_unstable();

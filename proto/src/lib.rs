@@ -37,7 +37,9 @@ pub use gather::Gather;
 pub use ids::{GroupId, NodeId, Offset, PartitionId, RaftIndex, ReplicaId, Term};
 pub use lease::{LEASE_KEY_SIZE, LeaseKey, LeaseRejected};
 pub use name::{NameError, TopicClass, check_schema, check_tenant, check_topic};
-pub use record::{BatchBuilder, EventType, ProducerStamp, Record, RecordParts, RecordRef, check_records, records};
+pub use record::{
+    BatchBuilder, EventType, ProducerStamp, Record, RecordCursor, RecordParts, RecordRef, check_records, records,
+};
 pub use stamp::{StampView, decode_stamps, encode_stamps};
 pub use tls::{TlsError, TlsIdentity, tls_client, tls_server};
 pub use token::{

@@ -290,6 +290,62 @@ pub fn records<E: From<DecodeError>>(
     }
 }
 
+/// The records of a data batch one by one, when the caller asks for them.
+#[derive(Clone, Debug)]
+pub struct RecordCursor {
+    plain: Bytes,
+    position: usize,
+    left: u32,
+}
+
+impl RecordCursor {
+    /// At the first record of `batch`; shares its bytes unless they are compressed.
+    ///
+    /// # Errors
+    /// Records that do not decompress within their limits.
+    pub fn new(batch: &Batch) -> Result<Self, DecodeError> {
+        let plain = match plain(&batch.header, &batch.records)? {
+            Cow::Borrowed(_) => batch.records.clone(),
+            Cow::Owned(plain) => plain.into(),
+        };
+        Ok(Self { plain, position: 0, left: batch.header.record_count })
+    }
+
+    /// The next record, and the bytes that it and its parts are slices of; `None` after the last.
+    ///
+    /// # Errors
+    /// A malformed record, or bytes after the last one; the cursor stays where it is.
+    pub fn next(&mut self) -> Result<Option<(RecordRef<'_>, &Bytes)>, DecodeError> {
+        let rest = &self.plain[self.position..];
+        if self.left == 0 {
+            let nothing_follows = rest.is_empty();
+            return if nothing_follows {
+                Ok(None)
+            } else {
+                Err(DecodeError::Value { field: "record count", value: 0 })
+            };
+        }
+        let (record, tail) = decode_record(rest)?;
+        self.position = self.plain.len() - tail.len();
+        self.left -= 1;
+        Ok(Some((record, &self.plain)))
+    }
+
+    /// Passes over the next record without looking at more than its size.
+    ///
+    /// # Errors
+    /// A size that cannot be.
+    pub fn skip(&mut self) -> Result<(), DecodeError> {
+        let rest = &self.plain[self.position..];
+        let cut = DecodeError::Truncated { what: "record", need: FIXED_SIZE, have: rest.len() };
+        let size = rest.first_chunk::<4>().map(|size| (u32::from_le_bytes(*size) as usize).saturating_add(4));
+        let size = size.filter(|size| (FIXED_SIZE..=rest.len()).contains(size)).ok_or(cut)?;
+        self.position += size;
+        self.left = self.left.saturating_sub(1);
+        Ok(())
+    }
+}
+
 /// What a leader checks of a client's batch before it may enter the log: kind, counts, and
 /// every record against the limits on events. A matching CRC proves transport, not truth.
 ///
@@ -513,6 +569,31 @@ mod tests {
             header.record_count = count;
             let batch = Batch { header, stamps: Bytes::new(), records: junk.into() };
             let _ = check_records(&batch);
+        }
+    }
+
+    #[test]
+    fn a_cursor_gives_the_same_records_and_notices_the_same_lies() {
+        for compression in [Compression::None, Compression::Lz4] {
+            let mut builder = BatchBuilder::new();
+            for number in 0..5u8 {
+                builder.push(&Record { payload: vec![number; 100].into(), ..Default::default() }).unwrap();
+            }
+            let mut batch = builder.build(compression, None);
+            let mut cursor = RecordCursor::new(&batch).unwrap();
+            for number in 0..5u8 {
+                if number % 2 == 1 {
+                    cursor.skip().unwrap();
+                    continue;
+                }
+                let (record, bytes) = cursor.next().unwrap().unwrap();
+                assert_eq!(bytes.slice_ref(record.payload), vec![number; 100]);
+            }
+            assert!(cursor.next().unwrap().is_none() && cursor.skip().is_err());
+            batch.header.record_count = 4;
+            let mut cursor = RecordCursor::new(&batch).unwrap();
+            (0..4).for_each(|_| cursor.skip().unwrap());
+            assert!(cursor.next().is_err());
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use arqon_proto::{Batch, wire};
+use arqon_proto::{Batch, Header, wire};
 use bytes::{Bytes, BytesMut};
 use wire::{frame::Body, list_offsets::At};
 
@@ -238,16 +238,25 @@ pub(crate) async fn list_offsets(
     }
 }
 
-pub(crate) async fn fetch_raw(router: &Router, mut fetch: wire::Fetch, node: Option<u64>) -> Result<Fetched, Error> {
+pub(crate) async fn fetch_raw(router: &Router, fetch: wire::Fetch, node: Option<u64>) -> Result<Fetched, Error> {
+    let what = format!("fetch from {}/{}", fetch.topic, fetch.partition);
+    let (fetched, payload) = fetch_bytes(router, fetch, node).await?;
+    let batches = split_batches(payload, &what)?;
+    Ok(Fetched { committed: fetched.committed, log_start: fetched.log_start, batches })
+}
+
+/// As [`fetch_raw`], with the batches not looked at.
+pub(crate) async fn fetch_bytes(
+    router: &Router,
+    mut fetch: wire::Fetch,
+    node: Option<u64>,
+) -> Result<(wire::Fetched, Bytes), Error> {
     let (target, any_replica) = read_target(&fetch.topic, fetch.partition, node, fetch.any_replica);
     fetch.any_replica = any_replica;
     let what = format!("fetch from {}/{}", fetch.topic, fetch.partition);
     let patience = Patience::safe(fetch.wait_ms);
     match router.request(&target, &Body::Fetch(fetch), &[], patience, &what).await? {
-        (Body::Fetched(fetched), payload) => {
-            let batches = split_batches(payload, &what)?;
-            Ok(Fetched { committed: fetched.committed, log_start: fetched.log_start, batches })
-        }
+        (Body::Fetched(fetched), payload) => Ok((fetched, payload)),
         _ => Err(Error::unexpected(&what)),
     }
 }
@@ -261,4 +270,16 @@ pub(crate) fn split_batches(mut payload: Bytes, what: &str) -> Result<Vec<Batch>
         batches.push(batch);
     }
     Ok(batches)
+}
+
+/// The offset after the last batch, by the headers alone; `None` where they make no sense, which
+/// [`split_batches`] will tell.
+pub(crate) fn offset_after(mut payload: &[u8]) -> Option<u64> {
+    let mut after = None;
+    while !payload.is_empty() {
+        let header = Header::decode(payload).ok()?;
+        payload = payload.get(header.batch_size()..)?;
+        after = Some(header.next_offset().0);
+    }
+    after
 }

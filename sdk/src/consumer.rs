@@ -2,13 +2,15 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use arqon_proto::wire;
+use arqon_proto::{DecodeError, wire};
+use bytes::Bytes;
+use futures_util::future::{FutureExt, join};
 use tokio::{sync::mpsc, task::AbortHandle};
 
 use crate::{
     Error, Event,
-    client::{Fetched, fetch_raw, list_offsets},
-    event::assemble,
+    client::{fetch_bytes, list_offsets, offset_after, split_batches},
+    event::{Events, Origin},
     router::Router,
 };
 
@@ -37,7 +39,7 @@ pub struct ConsumerOptions {
     pub any_replica_of: Option<u64>,
     /// End at what was the end of each partition at the start.
     pub stop_at_end: bool,
-    /// Bytes of one fetch; one per partition is kept ahead of the reader.
+    /// Bytes of one fetch; two per partition are kept ahead of the reader.
     pub bytes_max: u32,
     /// Longest wait of one fetch at the end of a partition.
     pub wait: Duration,
@@ -73,8 +75,8 @@ impl Default for ConsumerOptions {
 /// ```
 #[derive(Debug)]
 pub struct Consumer {
-    ready: VecDeque<Event>,
-    chunks: mpsc::Receiver<Result<Vec<Event>, Error>>,
+    ready: VecDeque<Chunk>,
+    chunks: mpsc::Receiver<Result<Vec<Chunk>, Error>>,
     failed: Option<Error>,
     stop_at_end: bool,
     tasks: Vec<AbortHandle>,
@@ -104,10 +106,11 @@ impl Consumer {
                 true => Some(list_offsets(&router, &topic, partition, From::Latest, node).await?),
                 false => None,
             };
-            let (router, topic, tenant, sender) = (router.clone(), topic.clone(), tenant.clone(), sender.clone());
+            let (router, sender) = (router.clone(), sender.clone());
+            let origin = Origin { topic: topic.clone(), tenant: tenant.clone(), partition };
             let bytes_max = options.bytes_max;
             let wait_ms = (options.wait.as_millis()).min(u128::from(arqon_proto::limits::POLL_WAIT_MS_MAX)) as u32;
-            readers.push(Reader { router, topic, tenant, partition, node, next, end, bytes_max, wait_ms, sender });
+            readers.push(Reader { router, origin, node, next, end, bytes_max, wait_ms, sender });
         }
         consumer.tasks = readers.into_iter().map(|reader| tokio::spawn(reader.run()).abort_handle()).collect();
         Ok(consumer)
@@ -123,14 +126,21 @@ impl Consumer {
     /// deleted before they were read, [`Error::Gap`], `DAMAGED`, no permission.
     pub async fn next(&mut self) -> Result<Option<Event>, Error> {
         loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Ok(Some(event));
+            while let Some(chunk) = self.ready.front_mut() {
+                match chunk.next() {
+                    Ok(Some(event)) => return Ok(Some(event)),
+                    Ok(None) => _ = self.ready.pop_front(),
+                    Err(error) => {
+                        self.ready.clear();
+                        self.failed = Some(error);
+                    }
+                }
             }
             if let Some(error) = &self.failed {
                 return Err(error.clone());
             }
             match self.chunks.recv().await {
-                Some(Ok(events)) => self.ready = events.into(),
+                Some(Ok(chunks)) => self.ready = chunks.into(),
                 Some(Err(error)) if error.is_transient() => return Err(error),
                 Some(Err(error)) => self.failed = Some(error),
                 None if self.stop_at_end => return Ok(None),
@@ -165,52 +175,97 @@ fn chosen_partitions(description: &wire::TopicDescription, wanted: Option<&[u32]
     }
 }
 
-/// Reads one partition, one fetch ahead of the consumer.
+/// The events of one batch, from offset `from` on.
+#[derive(Debug)]
+struct Chunk {
+    events: Events,
+    from: u64,
+}
+
+impl Chunk {
+    fn next(&mut self) -> Result<Option<Event>, Error> {
+        let from = self.from;
+        self.events.next(|offset| offset >= from).map_err(|source| bad_data(self.events.origin(), source))
+    }
+}
+
+fn bad_data(origin: &Origin, source: DecodeError) -> Error {
+    Error::BadData { server: format!("the leader of {}/{}", origin.topic, origin.partition), source }
+}
+
+/// Reads one partition; while the consumer is busy with one fetch the next is under way.
 struct Reader {
     router: Arc<Router>,
-    topic: Arc<str>,
-    tenant: Arc<str>,
-    partition: u32,
+    origin: Origin,
     node: Option<u64>,
     next: u64,
     end: Option<u64>,
     bytes_max: u32,
     wait_ms: u32,
-    sender: mpsc::Sender<Result<Vec<Event>, Error>>,
+    sender: mpsc::Sender<Result<Vec<Chunk>, Error>>,
 }
 
 impl Reader {
     async fn run(mut self) {
-        while self.end.is_none_or(|end| self.next < end) {
-            let chunk = match self.fetch().await {
-                Ok(events) if events.is_empty() => continue,
-                chunk => chunk,
+        let mut fetched = None;
+        while let Some(offset) = self.wanted(self.next) {
+            let answer = match fetched.take() {
+                Some(answer) => answer,
+                None => self.fetch(offset).await,
             };
-            let ends = chunk.as_ref().is_err_and(|error| !error.is_transient());
-            if self.sender.send(chunk).await.is_err() || ends {
+            // Asked for before the bytes are looked at, so that the server is not idle meanwhile.
+            let after = answer.as_ref().ok().and_then(|payload| offset_after(payload));
+            let mut ahead = after.and_then(|after| self.wanted(after)).map(|after| self.fetch(after).boxed());
+            let early = ahead.as_mut().and_then(|ahead| ahead.now_or_never());
+            let chunks = answer.and_then(|payload| self.read(payload));
+            let next = chunks.as_ref().ok().map(|(_, next)| *next);
+            let chunks = match chunks {
+                Ok((chunks, _)) if chunks.is_empty() => None,
+                chunks => Some(chunks.map(|(chunks, _)| chunks)),
+            };
+            let ends = chunks.as_ref().is_some_and(|chunks| chunks.as_ref().is_err_and(|error| !error.is_transient()));
+            let sent = async {
+                match chunks {
+                    Some(chunks) => self.sender.send(chunks).await.is_ok(),
+                    None => true,
+                }
+            };
+            let (is_heard, later) = match (ahead, early) {
+                (Some(ahead), None) if !ends => join(sent, ahead.map(Some)).await,
+                (_, early) => (sent.await, early),
+            };
+            if ends || !is_heard {
                 break;
             }
+            fetched = later;
+            self.next = next.unwrap_or(self.next);
         }
     }
 
-    async fn fetch(&mut self) -> Result<Vec<Event>, Error> {
+    /// `offset`, unless reading ends there.
+    fn wanted(&self, offset: u64) -> Option<u64> {
+        self.end.is_none_or(|end| offset < end).then_some(offset)
+    }
+
+    async fn fetch(&self, offset: u64) -> Result<Bytes, Error> {
         let fetch = wire::Fetch {
-            topic: self.topic.to_string(),
-            partition: self.partition,
-            offset: self.next,
+            topic: self.origin.topic.to_string(),
+            partition: self.origin.partition,
+            offset,
             bytes_max: self.bytes_max,
             wait_ms: self.wait_ms,
             any_replica: self.node.is_some(),
             linearizable: false,
         };
-        let fetched = fetch_raw(&self.router, fetch, self.node).await?;
-        self.read(&fetched)
+        fetch_bytes(&self.router, fetch, self.node).await.map(|(_, payload)| payload)
     }
 
-    fn read(&mut self, fetched: &Fetched) -> Result<Vec<Event>, Error> {
-        let mut events = Vec::new();
+    /// The events of an answer, and the offset after them.
+    fn read(&self, payload: Bytes) -> Result<(Vec<Chunk>, u64), Error> {
+        let what = format!("fetch from {}/{}", self.origin.topic, self.origin.partition);
+        let mut chunks = Vec::new();
         let mut next = self.next;
-        for batch in &fetched.batches {
+        for batch in split_batches(payload, &what)? {
             let (base, after) = (batch.header.base_offset.0, batch.header.next_offset().0);
             if base > next {
                 return Err(self.gap(next, base));
@@ -218,20 +273,19 @@ impl Reader {
             if after <= next {
                 continue;
             }
-            let read = assemble(&self.topic, &self.tenant, self.partition, batch, next).map_err(|source| {
-                Error::BadData { server: format!("the leader of {}/{}", self.topic, self.partition), source }
-            })?;
-            events.extend(read);
+            let mut events =
+                Events::new(self.origin.clone(), &batch).map_err(|source| bad_data(&self.origin, source))?;
+            if let Some(end) = self.end {
+                events.end_at(end);
+            }
+            chunks.push(Chunk { events, from: next });
             next = after;
         }
-        if let Some(end) = self.end {
-            events.retain(|event| event.offset < end);
-        }
-        self.next = next;
-        Ok(events)
+        Ok((chunks, next))
     }
 
     fn gap(&self, expected: u64, found: u64) -> Error {
-        Error::Gap { topic: self.topic.to_string(), partition: self.partition, expected, found }
+        let Origin { topic, partition, .. } = &self.origin;
+        Error::Gap { topic: topic.to_string(), partition: *partition, expected, found }
     }
 }

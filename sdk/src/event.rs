@@ -1,15 +1,72 @@
 //! Events to write, and events as they are read.
 
+use std::{collections::HashMap, sync::Arc};
+
 use arqon_proto::{
-    Batch, BatchBuilder, Compression, DecodeError, EventType, RecordParts, RecordRef, decode_stamps, records, wire,
+    Batch, BatchBuilder, Compression, DecodeError, EventType, RecordCursor, RecordParts, decode_stamps, wire,
 };
 use bytes::Bytes;
 use uuid::Uuid;
 
 use crate::Error;
 
-/// An event as clients read it, assembled from batch header, stamps and record.
-pub type Event = wire::Event;
+/// An event as clients read it, assembled from batch header, stamps and record. What the events of
+/// a topic or a batch have in common is shared; payload and key lie in the bytes received.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Event {
+    /// UUIDv7.
+    pub id: [u8; 16],
+    /// Topic.
+    pub topic: Arc<str>,
+    /// Append time in ms since 1970, set by the Spine.
+    pub time_ms: u64,
+    /// Schema name with a version, or empty.
+    pub schema: Arc<str>,
+    /// The payload.
+    pub payload: Bytes,
+    /// Partitioning key or empty.
+    pub key: Bytes,
+    /// What the event is for.
+    pub r#type: EventType,
+    /// Whose event it is, by the reader's token.
+    pub tenant_id: Arc<str>,
+    /// UUID of the producer, empty when there is none.
+    pub producer_id: Bytes,
+    /// Place in the producer's sequence.
+    pub sequence: u64,
+    /// W3C trace context, or empty.
+    pub traceparent: String,
+    /// Names and values.
+    pub headers: HashMap<String, String>,
+    /// The event that this one came from, stamped by the Spine.
+    pub cause: Option<Box<wire::Cause>>,
+    /// Partition.
+    pub partition: u32,
+    /// Offset in the partition.
+    pub offset: u64,
+}
+
+impl From<Event> for wire::Event {
+    fn from(event: Event) -> Self {
+        Self {
+            id: Bytes::copy_from_slice(&event.id),
+            topic: event.topic.to_string(),
+            time_ms: event.time_ms,
+            schema: event.schema.to_string(),
+            payload: event.payload,
+            key: event.key,
+            r#type: event.r#type.into(),
+            tenant_id: event.tenant_id.to_string(),
+            producer_id: event.producer_id,
+            sequence: event.sequence,
+            traceparent: event.traceparent,
+            headers: event.headers,
+            cause: event.cause.map(|cause| *cause),
+            partition: event.partition,
+            offset: event.offset,
+        }
+    }
+}
 
 const TRACEPARENT: &str = "traceparent";
 
@@ -135,68 +192,116 @@ fn invalid_event(error: DecodeError) -> Error {
     }
 }
 
-/// The events of one data batch, from offset `from` on.
-///
-/// # Errors
-/// Stamps or records that are malformed.
-pub(crate) fn assemble(
-    topic: &str,
-    tenant: &str,
-    partition: u32,
-    batch: &Batch,
-    from: u64,
-) -> Result<Vec<Event>, DecodeError> {
-    let header = &batch.header;
-    let stamps = decode_stamps(&batch.stamps, header.record_count)?;
-    let causes: Vec<wire::Cause> =
-        stamps.as_ref().map(|stamps| stamps.iter().map(|stamp| stamp.cause()).collect()).unwrap_or_default();
-    let mut out = Vec::with_capacity((header.record_count as usize).min(4_096));
-    records(batch, |index, record| {
-        let offset = header.base_offset.0 + u64::from(index);
-        if offset < from {
-            return Ok(());
-        }
-        let mut event = from_record(batch, &record)?;
-        event.topic = topic.to_owned();
-        event.tenant_id = tenant.to_owned();
-        event.partition = partition;
-        event.offset = offset;
-        event.time_ms = header.time_ms;
-        if header.has_producer() {
-            event.producer_id = Bytes::copy_from_slice(&header.producer_id);
-            event.sequence = header.base_sequence + u64::from(index);
-        }
-        event.cause = causes.get(index as usize).cloned();
-        out.push(event);
-        Ok::<_, DecodeError>(())
-    })?;
-    Ok(out)
+/// Where events come from.
+#[derive(Clone, Debug)]
+pub(crate) struct Origin {
+    pub(crate) topic: Arc<str>,
+    pub(crate) tenant: Arc<str>,
+    pub(crate) partition: u32,
 }
 
-fn from_record(batch: &Batch, record: &RecordRef<'_>) -> Result<Event, DecodeError> {
-    // Records that were not compressed lie in the batch's own buffer, which is shared then.
-    let bytes = |part: &[u8]| match batch.header.compression {
-        Compression::None if !part.is_empty() => batch.records.slice_ref(part),
-        _ => Bytes::copy_from_slice(part),
-    };
-    let mut event = Event {
-        id: Bytes::copy_from_slice(&record.id),
-        schema: record.schema.to_owned(),
-        payload: bytes(record.payload),
-        key: bytes(record.key),
-        r#type: EventType::try_from(i32::from(record.event_type))
-            .map_err(|_| DecodeError::Value { field: "event type", value: u64::from(record.event_type) })?
-            .into(),
-        ..Event::default()
-    };
-    for (name, value) in record.headers() {
-        if name == TRACEPARENT {
-            event.traceparent = value.to_owned();
-        } else {
-            event.headers.insert(name.to_owned(), value.to_owned());
-        }
+/// The events of one data batch, made when they are asked for.
+#[derive(Debug)]
+pub(crate) struct Events {
+    origin: Origin,
+    records: RecordCursor,
+    /// Offset of the next record.
+    next: u64,
+    end: u64,
+    base: u64,
+    time_ms: u64,
+    producer_id: Bytes,
+    base_sequence: u64,
+    causes: Vec<wire::Cause>,
+    /// The schema of the last event; others of the batch mostly have it too.
+    schema: Arc<str>,
+}
+
+impl Events {
+    /// # Errors
+    /// Stamps that are malformed, or records that do not decompress.
+    pub(crate) fn new(origin: Origin, batch: &Batch) -> Result<Self, DecodeError> {
+        let header = &batch.header;
+        let stamps = decode_stamps(&batch.stamps, header.record_count)?;
+        let causes = stamps.map(|stamps| stamps.iter().map(|stamp| stamp.cause()).collect()).unwrap_or_default();
+        Ok(Self {
+            origin,
+            records: RecordCursor::new(batch)?,
+            next: header.base_offset.0,
+            end: header.next_offset().0,
+            base: header.base_offset.0,
+            time_ms: header.time_ms,
+            producer_id: match header.has_producer() {
+                true => Bytes::copy_from_slice(&header.producer_id),
+                false => Bytes::new(),
+            },
+            base_sequence: header.base_sequence,
+            causes,
+            schema: Arc::default(),
+        })
     }
-    Ok(event)
+
+    pub(crate) fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// Takes only events below `offset`.
+    pub(crate) fn end_at(&mut self, offset: u64) {
+        self.end = self.end.min(offset);
+    }
+
+    /// The next event whose offset `wants`; `None` after the last.
+    ///
+    /// # Errors
+    /// Records that are malformed.
+    pub(crate) fn next(&mut self, mut wants: impl FnMut(u64) -> bool) -> Result<Option<Event>, DecodeError> {
+        while self.next < self.end {
+            let offset = self.next;
+            self.next += 1;
+            if wants(offset) {
+                return self.event(offset).map(Some);
+            }
+            self.records.skip()?;
+        }
+        Ok(None)
+    }
+
+    fn event(&mut self, offset: u64) -> Result<Event, DecodeError> {
+        let missing = DecodeError::Truncated { what: "record", need: 1, have: 0 };
+        let (record, bytes) = self.records.next()?.ok_or(missing)?;
+        let slice = |part: &[u8]| if part.is_empty() { Bytes::new() } else { bytes.slice_ref(part) };
+        if *self.schema != *record.schema {
+            self.schema = record.schema.into();
+        }
+        let index = offset - self.base;
+        let has_producer = !self.producer_id.is_empty();
+        let mut event = Event {
+            id: record.id,
+            topic: self.origin.topic.clone(),
+            time_ms: self.time_ms,
+            schema: self.schema.clone(),
+            payload: slice(record.payload),
+            key: slice(record.key),
+            r#type: EventType::try_from(i32::from(record.event_type))
+                .map_err(|_| DecodeError::Value { field: "event type", value: u64::from(record.event_type) })?,
+            tenant_id: self.origin.tenant.clone(),
+            producer_id: self.producer_id.clone(),
+            sequence: if has_producer { self.base_sequence + index } else { 0 },
+            traceparent: String::new(),
+            headers: HashMap::new(),
+            cause: self.causes.get(index as usize).cloned().map(Box::new),
+            partition: self.origin.partition,
+            offset,
+        };
+        for (name, value) in record.headers() {
+            if name == TRACEPARENT {
+                event.traceparent = value.to_owned();
+            } else {
+                event.headers.insert(name.to_owned(), value.to_owned());
+            }
+        }
+        Ok(event)
+    }
 }
 
 #[cfg(test)]
@@ -225,21 +330,19 @@ mod tests {
             batch.set_stamps(encode_stamps([(source.clone(), 1, 1), (source, 2, 3)]));
             batch.header.base_offset = Offset(100);
             batch.header.time_ms = 5;
-            let events = assemble("t", "acme", 3, &batch, 101).unwrap();
-            assert_eq!(events.len(), 1, "offset 100 is below the one asked for");
-            let event = &events[0];
+            let origin = Origin { topic: "t".into(), tenant: "acme".into(), partition: 3 };
+            let mut events = Events::new(origin, &batch).unwrap();
+            let event = events.next(|offset| offset >= 101).unwrap().unwrap();
+            assert!(events.next(|_| true).unwrap().is_none());
             assert_eq!((event.offset, event.partition, event.time_ms, event.sequence), (101, 3, 5, 41));
             assert_eq!((&event.payload[..], &event.key[..]), (&payload[..], &b"k"[..]));
-            assert_eq!(
-                (event.schema.as_str(), event.topic.as_str(), event.tenant_id.as_str()),
-                ("a.b.v1", "t", "acme")
-            );
+            assert_eq!((&*event.schema, &*event.topic, &*event.tenant_id), ("a.b.v1", "t", "acme"));
             assert_eq!(event.headers.get("x").map(String::as_str), Some("y"));
             assert_eq!(event.traceparent, "00-aa-bb-01");
-            assert_eq!(event.r#type(), EventType::Job);
+            assert_eq!(event.r#type, EventType::Job);
             let cause = event.cause.as_ref().unwrap();
             assert_eq!((cause.topic.as_str(), cause.offset, cause.attempt), ("g.jobs", 2, 3));
-            assert_eq!(event.id[..], new.id.unwrap());
+            assert_eq!(event.id, new.id.unwrap());
         }
     }
 

@@ -1,22 +1,16 @@
 //! One leased job, to be settled exactly once.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use arqon_proto::{limits, wire};
 use bytes::{Bytes, BytesMut};
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use futures_util::future::join_all;
+use tokio::sync::oneshot;
 use wire::{Durability, ErrorCode, frame::Body};
 
 use crate::{
     Error, Event, NewEvent,
-    leases::{Lease, Settle, Settlement},
+    leases::{Grant, Settle, Settlement},
     worker::Desk,
 };
 
@@ -28,10 +22,10 @@ pub struct Job {
     /// Which attempt this is, from 1.
     pub attempt: u32,
     token: Bytes,
-    lease: Arc<Lease>,
+    grant: Arc<Grant>,
+    /// Which lease of the grant.
+    index: u32,
     desk: Arc<Desk>,
-    settled: AtomicBool,
-    place: Option<OwnedSemaphorePermit>,
 }
 
 /// How a job's result came to stand.
@@ -51,15 +45,10 @@ impl fmt::Debug for Job {
 }
 
 impl Job {
-    pub(crate) fn new(
-        event: Event,
-        token: Bytes,
-        lease: Arc<Lease>,
-        desk: Arc<Desk>,
-        place: OwnedSemaphorePermit,
-    ) -> Self {
-        let attempt = lease.attempt;
-        Self { event, attempt, token, lease, desk, settled: AtomicBool::new(false), place: Some(place) }
+    /// Takes one of the desk's places.
+    pub(crate) fn new(event: Event, token: Bytes, grant: Arc<Grant>, index: u32, desk: Arc<Desk>) -> Self {
+        let attempt = grant.reference(index).attempt;
+        Self { event, attempt, token, grant, index, desk }
     }
 
     /// The token of the lease, which goes with the job's result.
@@ -71,12 +60,12 @@ impl Job {
     /// Whether the server said that the lease is lost: another worker may have the job now.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        self.lease.is_lost()
+        self.grant.is_lost(self.index)
     }
 
     /// Returns when the lease is lost; to be raced against long work.
     pub async fn lost(&self) {
-        self.lease.wait_lost().await;
+        self.grant.wait_lost(self.index).await;
     }
 
     /// Writes the job's result to `results_topic`, in the partition of the job, and acknowledges
@@ -87,7 +76,7 @@ impl Job {
     /// The result breaks a limit or the write fails: the job is still held and may be completed
     /// with another result. [`Error::LeaseLost`] when it was settled before.
     pub async fn complete(&self, results_topic: &str, result: NewEvent) -> Result<Completed, Error> {
-        if self.settled.load(Ordering::Acquire) {
+        if self.grant.is_over(self.index) {
             return Err(Error::LeaseLost);
         }
         arqon_proto::check_topic(results_topic).map_err(crate::client::invalid_name)?;
@@ -95,7 +84,7 @@ impl Job {
         result.batch()?.encode_into(&mut batch);
         let produce = wire::Produce {
             topic: results_topic.to_owned(),
-            partition: self.lease.partition,
+            partition: self.grant.partition,
             durability: Durability::MajorityFsync.into(),
             lease_tokens: vec![self.token.clone()],
         };
@@ -112,7 +101,7 @@ impl Job {
             Ok(()) => {}
             // The result stands: whoever gets the job again will find it done.
             Err(error) => {
-                self.settled.store(true, Ordering::Release);
+                self.grant.end(self.index);
                 tracing::debug!(job = ?self, %error, "the result stands, its acknowledgement does not");
             }
         }
@@ -125,6 +114,30 @@ impl Job {
     /// [`Error::LeaseLost`], no permission, or no answer in time.
     pub async fn ack(&self) -> Result<(), Error> {
         self.settle(Settlement::Ack).await
+    }
+
+    /// Marks all `jobs` as done without results, in as few requests as possible. Gives those that
+    /// are not, with the reason, as [`Job::ack`] does; none when every acknowledgement is confirmed.
+    pub async fn ack_all(jobs: Vec<Self>) -> Vec<(Self, Error)> {
+        let mut refused = Vec::new();
+        let mut held = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            match job.grant.is_over(job.index) {
+                true => refused.push((job, Error::LeaseLost)),
+                false => held.push(job),
+            }
+        }
+        let is_alike = |one: &Self, other: &Self| {
+            Arc::ptr_eq(&one.desk, &other.desk) && one.grant.partition == other.grant.partition
+        };
+        let settling = held.chunk_by(is_alike).map(|jobs| settle(jobs, Settlement::Ack));
+        let outcomes: Vec<_> = join_all(settling).await.into_iter().flatten().collect();
+        for (job, outcome) in held.into_iter().zip(outcomes) {
+            if let Err(error) = outcome {
+                refused.push((job, error));
+            }
+        }
+        refused
     }
 
     /// Gives the job back, to be handed out again after `delay`; 24 hours at most.
@@ -140,40 +153,53 @@ impl Job {
     }
 
     async fn settle(&self, settlement: Settlement) -> Result<(), Error> {
-        if self.settled.load(Ordering::Acquire) {
+        if self.grant.is_over(self.index) {
             return Err(Error::LeaseLost);
         }
-        let (reply, outcome) = oneshot::channel();
-        self.desk.settle(Settle {
-            partition: self.lease.partition,
-            lease: self.reference(),
-            settlement,
-            reply: Some(reply),
-            place: None,
-        });
-        let outcome = outcome.await.unwrap_or(Err(Error::Closed));
+        settle(std::slice::from_ref(self), settlement).await.pop().unwrap_or(Err(Error::Closed))
+    }
+}
+
+/// Settles jobs of one worker and partition; gives the outcome of each.
+async fn settle(jobs: &[Job], settlement: Settlement) -> Vec<Result<(), Error>> {
+    let Some(first) = jobs.first() else { return Vec::new() };
+    let (reply, outcome) = oneshot::channel();
+    first.desk.settle(Settle {
+        partition: first.grant.partition,
+        leases: jobs.iter().map(|job| job.grant.reference(job.index)).collect(),
+        settlement,
+        reply: Some(reply),
+        frees_places: false,
+    });
+    let outcome = outcome.await.unwrap_or(Err(Error::Closed));
+    let of_job = |job: &Job| {
+        let outcome = match &outcome {
+            Ok(lost) if lost.contains(&job.grant.reference(job.index)) => Err(Error::LeaseLost),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.clone()),
+        };
         if matches!(outcome, Ok(()) | Err(Error::LeaseLost)) {
-            self.settled.store(true, Ordering::Release);
+            job.grant.end(job.index);
         }
         outcome
-    }
-
-    fn reference(&self) -> wire::LeaseRef {
-        wire::LeaseRef { offset: self.lease.offset, attempt: self.lease.attempt }
-    }
+    };
+    jobs.iter().map(of_job).collect()
 }
 
 impl Drop for Job {
     fn drop(&mut self) {
-        self.desk.leases.remove(&self.lease);
-        if !self.settled.load(Ordering::Acquire) && !self.lease.is_lost() {
+        let gives_back = !self.grant.is_over(self.index) && !self.grant.is_lost(self.index);
+        self.grant.end(self.index);
+        if gives_back {
             self.desk.settle(Settle {
-                partition: self.lease.partition,
-                lease: self.reference(),
+                partition: self.grant.partition,
+                leases: vec![self.grant.reference(self.index)],
                 settlement: Settlement::Nack { delay_ms: 0 },
                 reply: None,
-                place: self.place.take(),
+                frees_places: true,
             });
+        } else {
+            self.desk.places.add_permits(1);
         }
     }
 }

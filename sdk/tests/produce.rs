@@ -60,7 +60,7 @@ async fn events_come_back_as_they_were_on_both_carriers() {
         let mut consumer = client.consumer("t", stop).await.unwrap();
         let mut by_key: HashMap<Vec<u8>, Vec<u32>> = HashMap::new();
         while let Some(event) = consumer.next().await.unwrap() {
-            assert_eq!((event.tenant_id.as_str(), event.headers["n"].as_str()), ("acme", "1"));
+            assert_eq!((&*event.tenant_id, event.headers["n"].as_str()), ("acme", "1"));
             assert_eq!(event.partition, arqon_sdk::partition_of(&event.key, 4));
             let text = String::from_utf8(event.payload.to_vec()).unwrap();
             let (in_round, number) = text.split_once(' ').unwrap();

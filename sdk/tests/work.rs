@@ -74,6 +74,34 @@ async fn every_job_of_every_partition_gets_its_one_result() {
 }
 
 #[tokio::test]
+async fn many_jobs_are_acknowledged_together_and_the_lost_one_is_told() {
+    let (bus, client) = bus_with(300, 2).await;
+    bus.faults(Kind::Ack, [Some(Fault::Lost), refuse(ErrorCode::NotLeader)]);
+    let mut worker = worker(&client, 64).await;
+    let mut acknowledged = 0;
+    let mut lost = None;
+    while acknowledged < 300 {
+        let jobs = worker.next_many(50).await.unwrap().unwrap();
+        assert!((1..=50).contains(&jobs.len()));
+        let first = (jobs[0].event.partition, jobs[0].event.offset);
+        let is_lost = lost.is_none();
+        if is_lost {
+            lost = Some(first);
+            bus.state().partition("x.jobs", first.0).expire("g", first.1);
+        }
+        let count = jobs.len();
+        let refused = Job::ack_all(jobs).await;
+        assert_eq!(refused.len(), usize::from(is_lost));
+        for (job, error) in &refused {
+            assert_eq!(lost, Some((job.event.partition, job.event.offset)));
+            assert!(matches!(error, Error::LeaseLost), "{error}");
+        }
+        acknowledged += count - refused.len();
+    }
+    assert_eq!(worker.stop(Duration::from_secs(5)).await, 0, "every place is free again");
+}
+
+#[tokio::test]
 async fn no_more_jobs_are_held_than_allowed() {
     let (bus, client) = bus_with(50, 4).await;
     let mut worker = worker(&client, 3).await;

@@ -23,7 +23,7 @@ use crate::{
 
 /// Checks that `job` is one for a worker that takes `schema` (empty: any).
 pub(crate) fn check_job(job: &Event, schema: &str) -> Result<(), JobError> {
-    if !schema.is_empty() && !job.schema.is_empty() && job.schema != schema {
+    if !schema.is_empty() && !job.schema.is_empty() && *job.schema != *schema {
         return Err(JobError::failed(format!("the job has the schema {}, this operator takes {schema}", job.schema)));
     }
     match json::parse(&job.payload) {
@@ -118,7 +118,7 @@ mod tests {
     fn jobs_that_are_not_for_the_worker_fail() {
         let schema = "arqonbus.genesis.job.v1";
         check_job(&job("{}"), schema).unwrap();
-        check_job(&Event { schema: String::new(), ..job("{}") }, schema).unwrap();
+        check_job(&Event { schema: "".into(), ..job("{}") }, schema).unwrap();
         check_job(&Event { schema: "a.b.v1".into(), ..job("{}") }, "").unwrap();
         let other = check_job(&Event { schema: "a.b.v1".into(), ..job("{}") }, schema).unwrap_err().to_string();
         assert!(other.contains("a.b.v1") && other.contains(schema), "{other}");

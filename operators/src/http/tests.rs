@@ -100,7 +100,7 @@ max_response_bytes = {ANSWER_LIMIT}
 
 fn job(payload: &Value) -> Event {
     Event {
-        id: vec![7; 16].into(),
+        id: [7; 16],
         topic: "genesis.jobs".into(),
         partition: 2,
         offset: 41,

@@ -33,7 +33,8 @@ pub(crate) async fn run_job<O: Operator, L: Lease>(
         _ = stopping.wait_for(|stop| *stop) => Err(JobEnd::Returned),
         () = lease.lost() => Err(JobEnd::Lost),
     };
-    let (topic, partition, offset) = (lease.job().topic.clone(), lease.job().partition, lease.job().offset);
+    let job = lease.job();
+    let (topic, partition, offset) = (&*job.topic, job.partition, job.offset);
     let attempt = lease.attempt();
     let (end, fatal) = match answer {
         Err(JobEnd::Lost) => (JobEnd::Lost, None),
@@ -59,7 +60,7 @@ async fn run_caught<O: Operator>(operator: &O, job: &Event, attempt: u32) -> Res
     // The operator is used again after a panic. Its own locks tell it where that matters.
     AssertUnwindSafe(operator.run(job, attempt)).catch_unwind().await.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-        tracing::error!(topic = job.topic, partition = job.partition, offset = job.offset, "the operator panicked");
+        tracing::error!(topic = &*job.topic, partition = job.partition, offset = job.offset, "the operator panicked");
         Err(JobError::failed(format!("the operator panicked: {}", text.unwrap_or("no message"))))
     })
 }

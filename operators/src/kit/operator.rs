@@ -98,7 +98,7 @@ pub fn job_id(job: &Event) -> String {
     };
     match members.iter().find(|(name, _)| name == "job_id").map(|(_, written)| *written).filter(usable) {
         Some(written) => written.to_owned(),
-        None => format!("\"{}\"", Uuid::from_slice(&job.id).unwrap_or_default()),
+        None => format!("\"{}\"", Uuid::from_bytes(job.id)),
     }
 }
 
@@ -152,7 +152,7 @@ mod tests {
 
     fn job(payload: &str) -> Event {
         Event {
-            id: vec![7; 16].into(),
+            id: [7; 16],
             topic: "a.jobs".into(),
             tenant_id: "acme".into(),
             offset: 4,

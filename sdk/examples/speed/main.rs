@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   cargo run --release -p arqon-sdk --example speed -- publish 128 --window 4096 --seconds 5
-//!   ... read 1024 | work 1024 | single 1024          (add --ws to go through WebSocket)
+//!   ... read 1024 | work 1024 | work-many 1024 | single 1024          (add --ws to go through WebSocket)
 //! ```
 //!
 //! The server is a process of its own, so that the CPU time shown is that of the client alone.
@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arqon_sdk::{Client, ConsumerOptions, NewEvent, Options, ProducerOptions, WorkerOptions};
+use arqon_sdk::{Client, ConsumerOptions, Job, NewEvent, Options, ProducerOptions, WorkerOptions};
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 
 struct Arguments {
@@ -185,5 +185,21 @@ async fn work(client: &Client, arguments: &Arguments) -> u64 {
 }
 
 async fn work_many(client: &Client, arguments: &Arguments) -> u64 {
-    work(client, arguments).await
+    let mut worker = client.worker("t", worker_options(arguments)).await.unwrap();
+    let end = Instant::now() + arguments.time;
+    let mut acks = FuturesUnordered::new();
+    let mut count = 0;
+    while Instant::now() < end {
+        tokio::select! {
+            jobs = worker.next_many(1_000) => {
+                let jobs = jobs.unwrap().unwrap();
+                acks.push(async move { (jobs.len() as u64, Job::ack_all(jobs).await.is_empty()) });
+            }
+            Some((acked, all)) = acks.next() => {
+                assert!(all);
+                count += acked;
+            }
+        }
+    }
+    count
 }
