@@ -28,7 +28,8 @@ pub struct Identity {
 pub struct Options {
     /// How segments are written.
     pub backend: Backend,
-    /// Batches are written past the page cache where the file system can do that.
+    /// Batches are written, and many at once read, past the page cache where the file system can
+    /// do that.
     pub direct_writes: bool,
     /// Capacity of a log's first segment; each next one has twice the one before.
     pub segment_size_first: u64,

@@ -430,7 +430,7 @@ impl<'a> Walk<'a> {
     /// For about `size` bytes of whole batches from `at` on.
     pub fn of_batches(file: &'a dyn File, at: u64, end: u64, size: usize) -> Self {
         // The first batch stands up to a step of the index behind `at`.
-        let wanted_end = at.saturating_add(2 * INDEX_STEP).saturating_add(size as u64);
+        let wanted_end = at.saturating_add(INDEX_STEP).saturating_add(size as u64);
         let chunk_end = if size >= CHUNK_SIZE_MIN { wanted_end.min(end) } else { 0 };
         Self { chunk_end, ..Self::new(file, at, end) }
     }

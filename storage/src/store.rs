@@ -23,7 +23,7 @@ use crate::layout::{
 };
 use crate::log::{Log, LogCore, wait};
 use crate::metrics::Metrics;
-use crate::options::{Backend, Identity, Options};
+use crate::options::{Identity, Options};
 use crate::recovery::{Recovery, recover};
 
 /// Largest identity file, in bytes.
@@ -80,8 +80,7 @@ impl Store {
     /// written by a newer program, or the disk failed. Nothing was changed then.
     pub fn open(dir: &Path, identity: Identity, options: Options) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Io { what: dir.display().to_string(), source };
-        let disk = RealDisk::create(dir).map_err(failed)?;
-        let disk = disk.with_direct_writes(options.direct_writes).with_uring(options.backend != Backend::Plain);
+        let disk = RealDisk::create(dir).map_err(failed)?.with_direct_writes(options.direct_writes);
         Self::open_on(Arc::new(disk), identity, options)
     }
 

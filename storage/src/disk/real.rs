@@ -4,7 +4,6 @@
 //! every write that has completed. That holds as long as no page of the range is dirty, which is
 //! the rule of [`BlockFile::write`].
 
-use std::cell::RefCell;
 use std::fs;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,14 +16,10 @@ use bytes::Bytes;
 use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags, flock, fstatfs, statx};
 
 use super::blocks::{self, READ_SIZE_MAX, ReadBuffer};
-use super::ring::{Job, Ring};
 use super::{BLOCK_SIZE, BlockFile, Disk, File};
 
 /// Slices that one pwritev takes.
 const SLICE_COUNT_MAX: usize = 512;
-/// Parts of a large read that are read at once, and the least size of one.
-const READ_PART_COUNT: u32 = 4;
-const READ_PART_SIZE_MIN: usize = 128 << 10;
 /// `f_type` of ext2, ext3 and ext4.
 const EXT4: rustix::fs::FsWord = 0xef53;
 
@@ -33,7 +28,6 @@ pub struct RealDisk {
     root: PathBuf,
     read_only: bool,
     direct: bool,
-    uring: bool,
     /// Also the file through which the disk is flushed: it is there and never dirty.
     lock: Mutex<Option<Arc<fs::File>>>,
 }
@@ -45,13 +39,13 @@ impl RealDisk {
     /// The directory cannot be created.
     pub fn create(root: &Path) -> io::Result<Self> {
         fs::create_dir_all(root)?;
-        Ok(Self { root: root.to_owned(), read_only: false, direct: true, uring: true, lock: Mutex::new(None) })
+        Ok(Self { root: root.to_owned(), read_only: false, direct: true, lock: Mutex::new(None) })
     }
 
     /// The directory `root` as it is; every change of it fails.
     #[must_use]
     pub fn read_only(root: &Path) -> Self {
-        Self { root: root.to_owned(), read_only: true, direct: false, uring: false, lock: Mutex::new(None) }
+        Self { root: root.to_owned(), read_only: true, direct: false, lock: Mutex::new(None) }
     }
 
     /// Whether batches may be written past the page cache; they are unless this says no.
@@ -60,16 +54,10 @@ impl RealDisk {
         Self { direct, ..self }
     }
 
-    /// Whether large reads may go through io_uring; they may unless this says no.
-    #[must_use]
-    pub fn with_uring(self, uring: bool) -> Self {
-        Self { uring, ..self }
-    }
-
     fn file(&self, file: fs::File) -> Arc<dyn File> {
         let (direct, map, size_seen) = (OnceLock::new(), OnceLock::new(), AtomicU64::new(0));
-        let (may_be_direct, uring) = (self.direct, self.uring);
-        Arc::new(RealFile { file, direct, may_be_direct, uring, map, size_seen })
+        let may_be_direct = self.direct;
+        Arc::new(RealFile { file, direct, may_be_direct, map, size_seen })
     }
 
     fn locked(&self) -> Option<Arc<fs::File>> {
@@ -189,7 +177,6 @@ struct RealFile {
     /// For reads past the page cache, from the first one on; `None` where that is refused.
     direct: OnceLock<Option<fs::File>>,
     may_be_direct: bool,
-    uring: bool,
     /// The whole capacity of the file; every view counts as a user of it.
     map: OnceLock<Bytes>,
     /// The file had this size once, and it never shrinks.
@@ -269,11 +256,7 @@ impl File for RealFile {
         let Some(mut buffer) = ReadBuffer::take() else { return Ok(None) };
         let from = blocks::round_down(at);
         let size = size.next_multiple_of(BLOCK_SIZE).min(READ_SIZE_MAX);
-        let bytes = &mut buffer.bytes_mut()[..size];
-        let read = match self.uring.then(|| read_side_by_side(file, bytes, from)).flatten() {
-            Some(read) => read,
-            None => read_once(file, bytes, from)?,
-        };
+        let read = read_once(file, &mut buffer.bytes_mut()[..size], from)?;
         Ok(Some((from, buffer.into_bytes(read))))
     }
 }
@@ -287,37 +270,6 @@ fn read_once(file: &fs::File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
             result => return result,
         }
     }
-}
-
-/// Reads a large range in parts that the disk works on at once: it is bound by the time that a
-/// read takes, not by its size. `None` when that failed, for whatever reason.
-fn read_side_by_side(file: &fs::File, bytes: &mut [u8], at: u64) -> Option<usize> {
-    thread_local! {
-        static RING: RefCell<Option<Ring>> = RefCell::new(Ring::new(READ_PART_COUNT).ok());
-    }
-    if bytes.len() < READ_PART_SIZE_MIN * 2 {
-        return None;
-    }
-    let part_size = bytes.len().div_ceil(READ_PART_COUNT as usize).next_multiple_of(BLOCK_SIZE);
-    let part_size = part_size.max(READ_PART_SIZE_MIN);
-    let starts = (at..).step_by(part_size);
-    let parts = bytes.chunks_mut(part_size).zip(starts);
-    let mut jobs: Vec<Job<'_>> = parts.map(|(part, at)| Job::Read(file.as_raw_fd(), part, at)).collect();
-    let results = RING.with_borrow_mut(|ring| {
-        let results = ring.as_mut()?.run(&mut jobs).ok();
-        if results.is_none() {
-            *ring = None;
-        }
-        results
-    })?;
-    let mut read = 0;
-    for (number, result) in results.into_iter().enumerate() {
-        // What follows a short part is behind a hole.
-        if read == number * part_size {
-            read += result.ok()?;
-        }
-    }
-    Some(read)
 }
 
 struct RealBlockFile {

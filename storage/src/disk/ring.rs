@@ -1,4 +1,4 @@
-//! Reads, writes and syncs of many places side by side, through io_uring: told to the kernel in one call
+//! Writes and syncs of many files side by side, through io_uring: told to the kernel in one call
 //! and waited for in the same one, so that the device is told once and no thread is between.
 
 use std::io;
@@ -8,8 +8,6 @@ use io_uring::{IoUring, Probe, opcode, squeue, types};
 
 /// One thing to do to one file.
 pub(crate) enum Job<'a> {
-    /// Read this many bytes from this place, or as many as there are.
-    Read(RawFd, &'a mut [u8], u64),
     /// Write these bytes at this place.
     Write(RawFd, &'a [u8], u64),
     /// fdatasync.
@@ -17,13 +15,9 @@ pub(crate) enum Job<'a> {
 }
 
 impl Job<'_> {
-    fn entry(&mut self) -> squeue::Entry {
+    fn entry(&self) -> squeue::Entry {
         match self {
-            // Of a larger piece the kernel says how much it did.
-            Self::Read(fd, bytes, at) => {
-                let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-                opcode::Read::new(types::Fd(*fd), bytes.as_mut_ptr(), size).offset(*at).build()
-            }
+            // Of a larger piece the kernel says how much it wrote.
             Self::Write(fd, bytes, at) => {
                 let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
                 opcode::Write::new(types::Fd(*fd), bytes.as_ptr(), size).offset(*at).build()
@@ -58,7 +52,7 @@ impl Ring {
         let ring = IoUring::new(entry_count)?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        for code in [opcode::Read::CODE, opcode::Write::CODE, opcode::Fsync::CODE] {
+        for code in [opcode::Write::CODE, opcode::Fsync::CODE] {
             if !probe.is_supported(code) {
                 return Err(io::Error::new(io::ErrorKind::Unsupported, format!("operation {code} is not supported")));
             }
@@ -67,17 +61,17 @@ impl Ring {
     }
 
     /// Does all `jobs`, in no order, and returns when the last one is complete: for each the
-    /// bytes read or written, 0 for a sync, or its error.
+    /// bytes written, 0 for a sync, or its error.
     ///
     /// # Errors
     /// The ring does not work any more; an unknown part was done.
-    pub fn run(&mut self, jobs: &mut [Job<'_>]) -> io::Result<Vec<io::Result<usize>>> {
+    pub fn run(&mut self, jobs: &[Job<'_>]) -> io::Result<Vec<io::Result<usize>>> {
         let mut results = Vec::with_capacity(jobs.len());
-        for part in jobs.chunks_mut(self.entry_count as usize) {
+        for part in jobs.chunks(self.entry_count as usize) {
             let base = results.len();
             results.extend(part.iter().map(|_| Ok(0)));
             let mut lent = Lent(part.len());
-            for (number, job) in part.iter_mut().enumerate() {
+            for (number, job) in part.iter().enumerate() {
                 let entry = job.entry().user_data((base + number) as u64);
                 // SAFETY: the memory and the descriptor of the job are borrowed for this call,
                 // and it is not left before `lent` is down to zero: each entry is complete, or

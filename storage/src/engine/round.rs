@@ -179,8 +179,8 @@ impl Writer {
         let fd = |part: &Staged| flights[part.flight].blocks.descriptor();
         let jobs: Option<Vec<Job<'_>>> =
             staged.iter().map(|part| Some(Job::Write(fd(part)?, &self.arena[part.from..part.to], part.at))).collect();
-        let Some(mut jobs) = jobs else { return };
-        match ring.run(&mut jobs) {
+        let Some(jobs) = jobs else { return };
+        match ring.run(&jobs) {
             Ok(results) => {
                 for (number, result) in results.into_iter().enumerate() {
                     match result {
@@ -226,10 +226,10 @@ impl Writer {
     fn sync_each(&mut self, files: &[&dyn BlockFile]) -> Vec<io::Result<()>> {
         let jobs: Option<Vec<Job<'_>>> = files.iter().map(|blocks| Some(Job::Sync(blocks.descriptor()?))).collect();
         if let Some(ring) = &mut self.ring
-            && let Some(mut jobs) = jobs
+            && let Some(jobs) = jobs
             && jobs.len() > 1
         {
-            return match ring.run(&mut jobs) {
+            return match ring.run(&jobs) {
                 Ok(results) => results.into_iter().map(|result| result.map(drop)).collect(),
                 Err(error) => {
                     self.end_ring(&error);

@@ -76,8 +76,7 @@ impl Fixture {
             Place::Memory(disk) => Arc::new(disk.again()),
             Place::Real(dir) => {
                 let disk = RealDisk::create(dir.path()).unwrap();
-                let uring = self.options.backend != Backend::Plain;
-                Arc::new(disk.with_direct_writes(self.options.direct_writes).with_uring(uring))
+                Arc::new(disk.with_direct_writes(self.options.direct_writes))
             }
         }
     }
