@@ -104,7 +104,13 @@ fn run(cli: Cli) -> Result<(), Failure> {
     if let Some(parent) = cli.parent_pid {
         process::die_with_parent(parent)?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if let Command::Node(args) = &cli.command
+        && let Some(threads) = args.node_threads()?
+    {
+        runtime.worker_threads(threads);
+    }
+    let runtime = runtime.enable_all().build();
     let runtime = runtime.map_err(|error| Failure::failed(format!("cannot start threads: {error}")))?;
     // On this thread, which lives as long as the process: children die with it.
     let result = runtime.block_on(dispatch(cli.command, cli.log));

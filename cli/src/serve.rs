@@ -27,6 +27,16 @@ pub struct ConfigArgs {
     config: PathBuf,
 }
 
+impl ConfigArgs {
+    /// Threads that the node of this configuration asks for.
+    ///
+    /// # Errors
+    /// The configuration is wrong.
+    pub fn node_threads(&self) -> Result<Option<usize>, Failure> {
+        Ok(arqon_spine::Config::load(&self.config).map_err(|error| at(self, error))?.threads)
+    }
+}
+
 /// What an operator is in front of.
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum OperatorCommand {

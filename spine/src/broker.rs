@@ -8,7 +8,7 @@
 //! ```
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
@@ -44,9 +44,15 @@ const REPORT_KIND: &str = "report";
 const REPORT_PATIENCE: Duration = Duration::from_secs(1);
 /// How often nodes are asked who leads what, while some topic has no replica here.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// How often leadership is given back to where it belongs, and of how many partitions at a time.
+const BALANCE_INTERVAL: Duration = Duration::from_secs(1);
+const BALANCE_COUNT_MAX: usize = 32;
+/// A node gets no leadership back before it has been reachable for this long.
+const BALANCE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the creation of a topic waits for leaders.
 const LEADERS_PATIENCE: Duration = Duration::from_secs(10);
 const LEADERS_POLL_DELAY: Duration = Duration::from_millis(20);
+const LEADERS_POLL_DELAY_MAX: Duration = Duration::from_millis(200);
 
 /// What a node tells others of itself.
 #[derive(Clone, PartialEq, Message)]
@@ -146,7 +152,7 @@ impl Broker {
     pub(crate) fn leader(&self, placement: &wire::PartitionPlacement) -> Option<NodeId> {
         let group = GroupId(placement.group);
         if let Some(partition) = self.replicas.get(group) {
-            return partition.group().status().leader;
+            return partition.group().leader();
         }
         if let [only] = placement.replicas.as_slice() {
             return Some(NodeId(only.node));
@@ -242,6 +248,7 @@ impl Broker {
     // Until every partition of the topic and of those made with it has a leader, and every
     // node that answers knows the topic, so that clients may go to any of them.
     async fn wait_for_leaders(&self, tenant: &str, name: &str) {
+        let mut delay = LEADERS_POLL_DELAY;
         loop {
             let published = self.metadata.published();
             let Some(topic) = published.state.topic(tenant, name) else { return };
@@ -253,15 +260,16 @@ impl Broker {
             let is_heard = |at: &wire::PartitionPlacement| {
                 !at.replicas.iter().any(|replica| replica.node == self.node.0) || self.leader(at).is_some()
             };
-            let led = |at: &wire::PartitionPlacement| {
-                is_heard(at) && reports.iter().any(|(_, report)| report.led.contains(&at.group))
-            };
+            let led_groups: HashSet<u64> = reports.iter().flat_map(|(_, report)| report.led.iter().copied()).collect();
+            let led = |at: &wire::PartitionPlacement| led_groups.contains(&at.group) && is_heard(at);
             let is_known = reports.iter().all(|(_, report)| report.next_group >= published.state.next_group());
-            let ready: Vec<bool> = partitions.map(led).collect();
-            if is_known && ready.into_iter().all(|led| led) {
+            let ready = is_known && partitions.into_iter().all(led);
+            if ready {
                 return;
             }
-            sleep(LEADERS_POLL_DELAY).await;
+            // Each look asks every node about every partition.
+            sleep(delay).await;
+            delay = (delay * 2).min(LEADERS_POLL_DELAY_MAX);
         }
     }
 
@@ -269,7 +277,7 @@ impl Broker {
     pub(crate) fn report(&self) -> Report {
         let published = self.metadata.published();
         let open = self.replicas.open();
-        let led = open.iter().filter(|partition| partition.group().status().ready);
+        let led = open.iter().filter(|partition| partition.group().is_ready());
         Report {
             led: led.map(|partition| partition.group_id().0).collect(),
             next_group: published.state.next_group(),
@@ -312,6 +320,48 @@ impl Broker {
                 _ = stopping.wait_for(|stopping| *stopping) => return,
             }
         }
+    }
+
+    /// Gives leadership back to the first replica of each partition, where placement spreads it
+    /// evenly over the nodes, once that replica has caught up. A few at a time, until stopped.
+    pub(crate) async fn run_balance(self: Arc<Self>) {
+        let mut stopping = self.stopping.subscribe();
+        let mut reachable_since: HashMap<NodeId, Instant> = HashMap::new();
+        loop {
+            tokio::select! {
+                () = sleep(BALANCE_INTERVAL) => {}
+                _ = stopping.wait_for(|stopping| *stopping) => return,
+            }
+            reachable_since.retain(|node, _| self.host.peer_reachable(*node));
+            for info in self.nodes.iter().filter(|info| self.host.peer_reachable(info.node.into())) {
+                reachable_since.entry(info.node.into()).or_insert_with(Instant::now);
+            }
+            for (partition, heir) in self.led_for_others(&reachable_since) {
+                if let Err(cause) = partition.group().transfer_leader(heir).await {
+                    tracing::debug!(group = partition.group_id().0, %cause, "leadership not given back");
+                }
+            }
+        }
+    }
+
+    // Partitions led here whose first replica is on another node that could lead them now.
+    fn led_for_others(&self, reachable_since: &HashMap<NodeId, Instant>) -> Vec<(Partition, NodeId)> {
+        let published = self.metadata.published();
+        let is_settled =
+            |node: NodeId| reachable_since.get(&node).is_some_and(|since| since.elapsed() >= BALANCE_PATIENCE);
+        let placements = published.state.topics().flat_map(|topic| &topic.partitions);
+        placements
+            .filter_map(|placement| {
+                let heir = NodeId(placement.replicas.first()?.node);
+                if heir == self.node || !is_settled(heir) {
+                    return None;
+                }
+                let partition = self.replicas.get(GroupId(placement.group))?;
+                let may_move = partition.group().is_ready() && partition.group().is_caught_up(heir);
+                may_move.then_some((partition, heir))
+            })
+            .take(BALANCE_COUNT_MAX)
+            .collect()
     }
 
     /// Answers a request that another node of the cluster forwarded.
@@ -491,8 +541,7 @@ impl Services for BrokerServices {
 impl Broker {
     /// Number of topics and partitions, and partitions that nobody leads by `reports`.
     pub(crate) fn counts(state: &MetadataState, reports: &[(NodeId, Report)]) -> (u32, u32, u32) {
-        let led: std::collections::HashSet<u64> =
-            reports.iter().flat_map(|(_, report)| report.led.iter().copied()).collect();
+        let led: HashSet<u64> = reports.iter().flat_map(|(_, report)| report.led.iter().copied()).collect();
         let groups = || state.topics().flat_map(|topic| &topic.partitions);
         let leaderless = groups().filter(|at| !led.contains(&at.group)).count();
         (state.topics().count() as u32, groups().count() as u32, leaderless as u32)

@@ -5,6 +5,7 @@
 //! cluster = "demo"
 //! data = "data/node-1"                  # relative paths: from the folder of this file
 //! cluster_secret_file = "cluster.secret"
+//! threads = 2                           # of the node's runtime; as many as there are cores by default
 //!
 //! [listen]                              # the defaults; port 0 takes a free one
 //! client = "127.0.0.1:7700"
@@ -44,6 +45,8 @@ use crate::tls::Tls;
 
 /// Shortest cluster secret, in bytes.
 pub const CLUSTER_SECRET_SIZE_MIN: usize = 32;
+/// Threads of a node's runtime.
+const THREAD_COUNT_MAX: usize = 1_024;
 /// Nodes of one cluster.
 const NODE_COUNT_MAX: usize = 31;
 /// The secret of a node in dev mode that names none. Refused otherwise.
@@ -88,6 +91,10 @@ pub struct Config {
     /// without TLS.
     #[serde(default)]
     pub dev: bool,
+    /// Threads that serve sockets and groups, for the program that starts the node; one for each
+    /// core when it is missing. Fewer are cheaper where nodes share a machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
     /// What nodes prove to each other that they hold, at least 32 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cluster_secret: Option<Secret>,
@@ -280,6 +287,9 @@ impl Config {
         }
         if self.data.as_os_str().is_empty() {
             return refuse("data", "it is empty");
+        }
+        if self.threads.is_some_and(|threads| !(1..=THREAD_COUNT_MAX).contains(&threads)) {
+            return refuse("threads", format!("it must be from 1 to {THREAD_COUNT_MAX}"));
         }
         self.listen_addresses()?;
         self.check_peers()?;
@@ -501,6 +511,7 @@ public_key_file = "k.pem"
         let cases = [
             (GOOD.replace("node = 1", "node = 0"), "node: "),
             (GOOD.replace("node = 1", "node = \"x\""), "line 2, node: "),
+            (GOOD.replace("node = 1", "node = 1\nthreads = 0"), "threads: "),
             (GOOD.replace("node = 1", "node = 1\nnoode = 2"), "noode"),
             (GOOD.replace("\"demo\"", "\"a b\""), "cluster: "),
             (GOOD.replace("data = \"d\"", "data = \"\""), "data: "),

@@ -275,6 +275,7 @@ fn start_tasks(broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
         tokio::spawn(broker.metadata.clone().run_duties(broker.nodes.clone())),
         tokio::spawn(replicas),
         tokio::spawn(broker.clone().run_leader_watch()),
+        tokio::spawn(broker.clone().run_balance()),
         tokio::spawn(follow_operators(broker.clone())),
         tokio::spawn(expire_operators(broker.clone())),
     ]

@@ -95,7 +95,7 @@ impl Replicas {
             .values()
             .filter_map(|local| match local {
                 Local::Failed { reason, .. } => Some(reason.clone()),
-                Local::Open(partition) => partition.group().status().stopped.map(|reason| {
+                Local::Open(partition) => partition.group().stopped().map(|reason| {
                     format!("{}/{} has stopped: {reason}", partition.topic().name, partition.partition())
                 }),
             })
@@ -162,7 +162,10 @@ impl Replicas {
                 !matches!(local.get(group), Some(Local::Open(_) | Local::Failed { retry: false, .. }))
             });
         }
-        stream::iter(wanted.into_values())
+        // In the same order on all nodes: a group can have a leader when most of them have opened it.
+        let mut wanted: Vec<_> = wanted.into_values().collect();
+        wanted.sort_unstable_by_key(|wanted| wanted.spec.group);
+        stream::iter(wanted)
             .for_each_concurrent(OPEN_COUNT_MAX, |wanted| self.open_one(wanted, services.clone()))
             .await;
     }

@@ -94,6 +94,7 @@ impl Cluster {
             cluster: "test".into(),
             data: folder.path().join(format!("node-{}", index + 1)),
             dev: false,
+            threads: None,
             cluster_secret: Some(Secret("a secret for tests of 32 bytes or more".into())),
             cluster_secret_file: None,
             listen: Listen {
