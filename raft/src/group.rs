@@ -12,7 +12,9 @@ use std::{
 use arqon_proto::{Batch, GroupId, NodeId, RaftIndex, ReplicaId, Term, limits};
 use arqon_storage::{CheckpointKind, Log, LogPosition};
 use openraft::{
-    ReadPolicy, ServerState, async_runtime::watch::WatchReceiver as _, errors::ClientWriteError,
+    ReadPolicy, ServerState,
+    async_runtime::watch::WatchReceiver as _,
+    errors::{ClientWriteError, ForwardReason, ForwardToLeader},
     raft::ClientWriteResult,
 };
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -21,6 +23,7 @@ use crate::{
     host::Raft,
     machine::{Machine, Readable, StateMachine},
     pulse::Pulse,
+    store::Appended,
     types::{Applied, CommittedLeaderId, Reply, TypeConfig},
 };
 
@@ -84,6 +87,8 @@ struct Inner {
     readable: watch::Receiver<Readable>,
     status: watch::Receiver<Status>,
     uncommitted: Arc<Semaphore>,
+    /// Held by whoever has a proposal on its way into the log.
+    proposing: tokio::sync::Mutex<Arc<Appended>>,
     /// Makes machines for retention points. In a mutex because machines are not `Sync`; held as
     /// long as a trim runs, so that there is one at a time.
     blank: tokio::sync::Mutex<Box<dyn StateMachine>>,
@@ -95,7 +100,8 @@ impl std::fmt::Debug for Group {
     }
 }
 
-/// A submitted proposal; resolves when it is applied, or is known not to be.
+/// A batch in the log of its leader; resolves when it is applied, or is known not to be.
+#[must_use = "the batch counts as in flight until the proposal is dropped"]
 pub struct Proposal {
     reply: oneshot::Receiver<ClientWriteResult<TypeConfig>>,
     raft: Raft,
@@ -108,14 +114,16 @@ impl Future for Proposal {
         let Poll::Ready(reply) = Pin::new(&mut self.reply).poll(cx) else { return Poll::Pending };
         Poll::Ready(match reply {
             Ok(Ok(response)) => response.data.ok_or_else(|| unknown("the entry was applied without an answer")),
-            Ok(Err(ClientWriteError::ForwardToLeader(to))) => {
-                Err(ProposeError::NotLeader { leader: to.leader_node.map(|at| NodeId(at.node)) })
-            }
+            Ok(Err(ClientWriteError::ForwardToLeader(to))) => Err(not_leader(&to)),
             Ok(Err(ClientWriteError::LogEntryDiscarded(_))) => Err(unknown("another leader took over")),
             Ok(Err(other)) => Err(unknown(&other.to_string())),
             Err(_) => Err(unknown(&stopped(&self.raft).unwrap_or_else(|| "the replica stopped".into()))),
         })
     }
+}
+
+fn not_leader(to: &ForwardToLeader<TypeConfig>) -> ProposeError {
+    ProposeError::NotLeader { leader: to.leader_node.map(|at| NodeId(at.node)) }
 }
 
 fn unknown(reason: &str) -> ProposeError {
@@ -130,7 +138,7 @@ impl Group {
     pub(crate) fn new(
         id: GroupId,
         replica: ReplicaId,
-        (raft, pulse): (Raft, Arc<Pulse>),
+        (raft, pulse, appended): (Raft, Arc<Pulse>, Arc<Appended>),
         log: Log,
         readable: watch::Receiver<Readable>,
         blank: Box<dyn StateMachine>,
@@ -140,7 +148,20 @@ impl Group {
         tokio::spawn(follow_status(raft.clone(), log.clone(), readable.clone(), status_tx));
         let uncommitted = Arc::new(Semaphore::new(limits::UNCOMMITTED_SIZE_MAX));
         let blank = blank.into();
-        Self { inner: Arc::new(Inner { id, replica, raft, pulse, log, readable, status, uncommitted, blank }) }
+        Self {
+            inner: Arc::new(Inner {
+                id,
+                replica,
+                raft,
+                pulse,
+                log,
+                readable,
+                status,
+                uncommitted,
+                proposing: appended.into(),
+                blank,
+            }),
+        }
     }
 
     /// The group.
@@ -182,23 +203,57 @@ impl Group {
         }
     }
 
-    /// Submits a batch in the order of calls. `term` is the term in which the caller checked its
-    /// state: when another has begun the answer is [`ProposeError::NotLeader`].
+    /// Puts a batch into the log, in the order of calls, and returns when it stands there. `term` is
+    /// the term in which the caller checked its state: when another has begun the answer is
+    /// [`ProposeError::NotLeader`].
+    ///
+    /// A batch that is refused never has a later one of the same term behind it in the log unless
+    /// that was proposed after the refusal: each waits for the one before. openraft refuses while
+    /// no majority has answered of late, and takes the next one as soon as one has.
     ///
     /// # Errors
-    /// `Overloaded` and `Stopped` come at once; all others come from the [`Proposal`].
+    /// [`ProposeError`]; all but `UnknownOutcome` mean that the batch was not written.
     pub async fn propose(&self, term: Term, batch: Batch) -> Result<Proposal, ProposeError> {
+        let proposing = self.inner.proposing.lock().await;
+        match self.try_propose(&proposing, term, batch.clone()).await? {
+            Ok(proposal) => Ok(proposal),
+            Err(to) if to.reason == ForwardReason::LeaseExpired => {
+                // Nothing was sent for a while, or a majority is away: ask.
+                self.confirm_leader().await?;
+                let again = self.try_propose(&proposing, term, batch).await?;
+                again.map_err(|to| not_leader(&to))
+            }
+            Err(to) => Err(not_leader(&to)),
+        }
+    }
+
+    /// The inner error: openraft did not take the batch.
+    async fn try_propose(
+        &self,
+        appended: &Appended,
+        term: Term,
+        batch: Batch,
+    ) -> Result<Result<Proposal, ForwardToLeader<TypeConfig>>, ProposeError> {
         let size = batch.header.batch_size() as u32;
         let share =
             self.inner.uncommitted.clone().try_acquire_many_owned(size).map_err(|_| ProposeError::Overloaded)?;
-        let (outcome, reply) = oneshot::channel();
+        let (outcome, mut reply) = oneshot::channel();
+        let appended = appended.expect(term.0);
         let raft = &self.inner.raft;
         raft.write(batch)
             .with_leader(CommittedLeaderId::new(term.0))
             .responder(Reply { outcome, share })
             .await
             .map_err(|fatal| ProposeError::Stopped(fatal.to_string()))?;
-        Ok(Proposal { reply, raft: raft.clone() })
+        tokio::select! {
+            biased;
+            Ok(()) = appended => Ok(Ok(Proposal { reply, raft: raft.clone() })),
+            refused = &mut reply => match refused {
+                Ok(Err(ClientWriteError::ForwardToLeader(to))) => Ok(Err(to)),
+                Ok(Err(other)) => Err(unknown(&other.to_string())),
+                Ok(Ok(_)) | Err(_) => Err(unknown(&stopped(raft).unwrap_or_else(|| "the replica stopped".into()))),
+            },
+        }
     }
 
     /// The state of the replica now.

@@ -300,10 +300,11 @@ impl Host {
         let pulse = Arc::new(Pulse::new(&self.inner, spec.first));
         let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone() };
         let store = LogStore::new(log.clone(), installed);
+        let appended = store.appended();
         let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)
             .await
             .map_err(|fatal| io(io::Error::other(fatal)))?;
-        let handle = Group::new(group, replica, (raft.clone(), pulse), log, readable, blank);
+        let handle = Group::new(group, replica, (raft.clone(), pulse, appended), log, readable, blank);
         let running = Replica::Running(handle.clone());
         self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, running);
         self.initialise(&spec, raft).await;

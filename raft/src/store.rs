@@ -8,15 +8,16 @@ use std::{
     fmt::Debug,
     io,
     ops::{Bound, RangeBounds},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use arqon_proto::{Offset, RaftIndex, limits, wire};
+use arqon_proto::{Batch, BatchKind, Offset, RaftIndex, limits, wire};
 use arqon_storage::{CheckpointKind, Log, LogPosition};
 use bytes::Bytes;
 use futures_util::{Stream, stream};
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use prost::Message;
+use tokio::sync::oneshot;
 
 use crate::types::{
     Entry, LogId, TypeConfig, Vote, from_wire_vote, into_batch, into_entry, log_id, position, wire_vote,
@@ -32,16 +33,47 @@ pub(crate) struct Installed {
 /// Hands an installed snapshot from the state machine to the purge that openraft runs after it.
 pub(crate) type InstalledSlot = Arc<Mutex<Option<Installed>>>;
 
+/// Tells the one proposer of a term that its entry stands in the local log.
+#[derive(Default)]
+pub(crate) struct Appended(Mutex<Option<(u64, oneshot::Sender<()>)>>);
+
+impl Appended {
+    /// Resolves when the next proposal in `term` is appended. Nobody else appends data or control
+    /// entries in the term in which this replica leads.
+    pub(crate) fn expect(&self, term: u64) -> oneshot::Receiver<()> {
+        let (sender, receiver) = oneshot::channel();
+        *self.lock() = Some((term, sender));
+        receiver
+    }
+
+    fn tell(&self, term: u64) {
+        if let Some((_, sender)) = self.lock().take_if(|(expected, _)| *expected == term) {
+            // The proposer may have gone; the entry stands.
+            let _ = sender.send(());
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<(u64, oneshot::Sender<()>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The log of one group as openraft sees it; also its own reader.
 #[derive(Clone)]
 pub(crate) struct LogStore {
     log: Log,
     installed: InstalledSlot,
+    appended: Arc<Appended>,
 }
 
 impl LogStore {
     pub(crate) fn new(log: Log, installed: InstalledSlot) -> Self {
-        Self { log, installed }
+        Self { log, installed, appended: Arc::default() }
+    }
+
+    /// Tells of what this store appends.
+    pub(crate) fn appended(&self) -> Arc<Appended> {
+        self.appended.clone()
     }
 
     /// The index range that `range` asks for, cut to what the log holds.
@@ -172,9 +204,13 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I: IntoIterator<Item = Entry> + Send,
         I::IntoIter: Send,
     {
-        let batches = entries.into_iter().map(into_batch).collect();
+        let batches: Vec<Batch> = entries.into_iter().map(into_batch).collect();
+        let proposed = batches.iter().rfind(|batch| batch.header.kind != BatchKind::Raft);
+        let proposed_term = proposed.map(|batch| batch.header.term.0);
         let flushed = Box::new(move |result: io::Result<()>| callback.io_completed(result));
-        self.log.append(batches, flushed).map_err(io::Error::other)
+        self.log.append(batches, flushed).map_err(io::Error::other)?;
+        proposed_term.into_iter().for_each(|term| self.appended.tell(term));
+        Ok(())
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {

@@ -150,6 +150,23 @@ async fn a_group_that_does_nothing_keeps_its_leader() {
     }
 }
 
+/// openraft refuses proposals when no majority has answered for a second, which is the case after a
+/// second of rest; the proposal itself must then ask for an answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_batch_after_a_rest_is_taken() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.publish(1).await;
+    let term = cluster.leader().await.1.group.status().term;
+    for number in 1..=4 {
+        tokio::time::sleep(Duration::from_millis(1_300)).await;
+        let group = &cluster.leader().await.1.group;
+        group.propose(term, batch(number)).await.unwrap().await.unwrap();
+    }
+    for id in 1..=3 {
+        cluster.stop(id).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_goes_is_replaced_and_catches_up_when_it_returns() {
     let mut cluster = Cluster::start(3).await;
@@ -213,11 +230,11 @@ async fn a_follower_and_a_past_term_are_refused_before_anything_is_written() {
     let (leader_id, leader) = cluster.leader().await;
     let status = leader.group.status();
     let follower = cluster.node(leader_id % 3 + 1);
-    let proposal = follower.group.propose(status.term, batch(2)).await.unwrap();
-    assert!(matches!(proposal.await, Err(ProposeError::NotLeader { .. })));
+    let refused = follower.group.propose(status.term, batch(2)).await;
+    assert!(matches!(refused, Err(ProposeError::NotLeader { .. })));
     let past = arqon_proto::Term(status.term.0 - 1);
-    let proposal = leader.group.propose(past, batch(3)).await.unwrap();
-    assert!(matches!(proposal.await, Err(ProposeError::NotLeader { .. })));
+    let refused = leader.group.propose(past, batch(3)).await;
+    assert!(matches!(refused, Err(ProposeError::NotLeader { .. })));
     let applied = cluster.publish(4).await;
     assert_eq!(applied.base_offset, Offset(1), "nothing in between was written");
 }
