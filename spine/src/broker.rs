@@ -34,7 +34,7 @@ use crate::{
     metadata::{COMMITTED_KIND, FORWARD_KIND as METADATA_KIND, MetadataGroup, MetadataState, Topic},
     metrics::Metrics,
     operators::Operators,
-    partition::{Partition, Services},
+    partition::{Ahead, Partition, Services},
     replicas::Replicas,
 };
 
@@ -502,19 +502,28 @@ fn decode_produce(mut body: Bytes) -> Result<(String, wire::Produce, Batch), arq
 }
 
 /// The broker as its partitions see it. Weak: the broker holds the partitions.
-pub(crate) struct BrokerServices(pub Weak<Broker>);
+pub(crate) struct BrokerServices {
+    broker: Weak<Broker>,
+    ahead: Ahead,
+}
+
+impl BrokerServices {
+    pub(crate) fn new(broker: Weak<Broker>) -> Self {
+        Self { broker, ahead: Ahead::default() }
+    }
+}
 
 impl Services for BrokerServices {
     fn lease_keys(&self) -> Arc<[LeaseKey]> {
-        self.0.upgrade().map(|broker| broker.metadata.published().lease_keys.clone()).unwrap_or_default()
+        self.broker.upgrade().map(|broker| broker.metadata.published().lease_keys.clone()).unwrap_or_default()
     }
 
     fn node_client_address(&self, node: NodeId) -> Option<String> {
-        self.0.upgrade()?.client_address(node)
+        self.broker.upgrade()?.client_address(node)
     }
 
     fn partition_count(&self, tenant: &str, topic: &str) -> Option<u32> {
-        let published = self.0.upgrade()?.metadata.published();
+        let published = self.broker.upgrade()?.metadata.published();
         published.state.topic(tenant, topic).map(|topic| topic.partitions.len() as u32)
     }
 
@@ -524,7 +533,7 @@ impl Services for BrokerServices {
         request: wire::Produce,
         batch: Batch,
     ) -> BoxFuture<'static, Result<wire::Produced, wire::Error>> {
-        let broker = self.0.clone();
+        let broker = self.broker.clone();
         Box::pin(async move {
             match broker.upgrade() {
                 Some(broker) => broker.produce_anywhere(tenant, request, batch).await,
@@ -535,6 +544,10 @@ impl Services for BrokerServices {
 
     fn now_ms(&self) -> u64 {
         clock::now_ms()
+    }
+
+    fn ahead(&self) -> &Ahead {
+        &self.ahead
     }
 }
 

@@ -269,7 +269,7 @@ fn answer_forwards(broker: &Arc<Broker>) {
 }
 
 fn start_tasks(broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
-    let services = Arc::new(BrokerServices(Arc::downgrade(broker)));
+    let services = Arc::new(BrokerServices::new(Arc::downgrade(broker)));
     let replicas = broker.replicas.clone().run(broker.metadata.watch(), services, broker.stopping.subscribe());
     vec![
         tokio::spawn(broker.metadata.clone().run_duties(broker.nodes.clone())),

@@ -268,6 +268,15 @@ impl Log {
         }
     }
 
+    /// Whether reading from `offset` on needs no disk: it is among the recent entries or beyond
+    /// the end.
+    #[must_use]
+    pub fn is_recent(&self, offset: Offset) -> bool {
+        let state = self.core.lock();
+        let oldest = state.recent.front().map(|oldest| oldest.batch.header.base_offset);
+        offset >= state.next_offset || oldest.is_some_and(|oldest| oldest <= offset)
+    }
+
     /// Offset of the first record whose batch time is at or after `time_ms` (ms since 1970), not
     /// looking past index `through`; the offset after the last record there when none is.
     ///

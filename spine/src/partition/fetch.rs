@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use arqon_proto::{Batch, Offset, limits, wire, wire::list_offsets::At};
+use arqon_proto::{Batch, Offset, RaftIndex, limits, wire, wire::list_offsets::At};
 use arqon_raft::Readable;
+use arqon_storage::ReadError;
 use tokio::time::Instant;
 
 use super::{
     Partition, Replica,
+    ahead::{self, Place},
     error::{error, invalid},
 };
 
@@ -32,7 +34,7 @@ impl Partition {
         loop {
             let now = *readable.borrow_and_update();
             status.borrow_and_update();
-            if let Some(reply) = replica.read(&request, now)? {
+            if let Some(reply) = replica.read(&request, now).await? {
                 return Ok(reply);
             }
             // A client must not wait here while the records arrive at another leader.
@@ -74,8 +76,8 @@ impl Partition {
 }
 
 impl Replica {
-    /// The answer, if there is one without waiting.
-    fn read(
+    /// The answer, if there is one without waiting for more to be committed.
+    async fn read(
         &self,
         request: &wire::Fetch,
         readable: Readable,
@@ -83,7 +85,7 @@ impl Replica {
         let offset = Offset(request.offset);
         let log_start = self.group.log().log_start();
         if offset < log_start {
-            return Err(self.read_error(arqon_storage::ReadError::OutOfRange { log_start }));
+            return Err(self.read_error(ReadError::OutOfRange { log_start }));
         }
         // A replica that lags must not call an offset wrong that its leader has.
         if offset > readable.next_offset && !request.any_replica {
@@ -100,8 +102,32 @@ impl Replica {
             0 => limits::FETCH_SIZE_MAX,
             size => size.min(limits::FETCH_SIZE_MAX),
         };
-        let batches = self.group.log().read_data(offset, through, size_max).map_err(|cause| self.read_error(cause))?;
-        Ok(Some((self.fetched(readable), batches)))
+        let log = self.group.log();
+        let batches = if log.is_recent(offset) {
+            log.read_data(offset, through, size_max)
+        } else {
+            let place = Place { group: self.group.id(), offset, size_max };
+            self.read_from_disk(place, through, readable.next_offset).await?
+        };
+        Ok(Some((self.fetched(readable), batches.map_err(|cause| self.read_error(cause))?)))
+    }
+
+    /// The outer error: the node is stopping.
+    async fn read_from_disk(
+        &self,
+        place: Place,
+        through: RaftIndex,
+        end: Offset,
+    ) -> Result<Result<Vec<Batch>, ReadError>, wire::Error> {
+        let (log, kept) = (self.group.log(), self.services.ahead());
+        let reading = kept.take(place).unwrap_or_else(|| ahead::read(log, place, through));
+        let batches = reading.await.map_err(|_| self.not_leader())?;
+        let next = batches.as_ref().ok().and_then(|batches| Some(batches.last()?.header.next_offset()));
+        if let Some(offset) = next.filter(|next| *next < end && !log.is_recent(*next)) {
+            let place = Place { offset, ..place };
+            kept.keep(place, ahead::read(log, place, through));
+        }
+        Ok(batches)
     }
 
     fn fetched(&self, readable: Readable) -> wire::Fetched {

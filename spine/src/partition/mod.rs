@@ -10,12 +10,13 @@
 //!
 //!   produce.rs    check a batch, its tokens, its answer      error.rs      wire errors
 //!   submit.rs     one task: check, admit, propose, in order  deadlines.rs  what is due when
-//!   fetch.rs      reads and long-polls                       grants.rs     which jobs to whom
+//!   fetch.rs      reads and long-polls, with ahead.rs        grants.rs     which jobs to whom
 //!   queue/        requests of workers, merged into entries   dead.rs       jobs without attempts left
 //! ```
 //!
 //! Only this module waits and reads clocks; what a command means is decided in `state/`.
 
+mod ahead;
 mod dead;
 mod deadlines;
 mod error;
@@ -41,6 +42,7 @@ use tokio::{
 
 use crate::state::PartitionMachine;
 
+pub use ahead::Ahead;
 pub use metrics::PartitionMetrics;
 pub use produce::Submitted;
 
@@ -73,6 +75,9 @@ pub trait Services: Send + Sync + 'static {
 
     /// The wall clock in ms since 1970.
     fn now_ms(&self) -> u64;
+
+    /// What the node has read ahead for readers of old data.
+    fn ahead(&self) -> &Ahead;
 }
 
 /// A registered operator, as its registration says.

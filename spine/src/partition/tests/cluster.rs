@@ -18,7 +18,7 @@ use arqon_storage::{Identity, Options, Store};
 use futures_util::future::{BoxFuture, select_all};
 use tokio::net::TcpListener;
 
-use crate::partition::{Partition, PartitionMetrics, Services};
+use crate::partition::{Ahead, Partition, PartitionMetrics, Services};
 
 pub const JOBS: &str = "a.jobs";
 pub const RESULTS: &str = "a.results";
@@ -33,6 +33,7 @@ pub struct Shared {
     pub now_ms: AtomicU64,
     /// Topics whose next routed writes fail after they were done, as when an answer is lost.
     pub lost_answer_count: AtomicU64,
+    pub ahead: Ahead,
 }
 
 impl Shared {
@@ -98,6 +99,10 @@ impl Services for Shared {
     fn now_ms(&self) -> u64 {
         self.now_ms.load(Ordering::Relaxed)
     }
+
+    fn ahead(&self) -> &Ahead {
+        &self.ahead
+    }
 }
 
 pub fn keys() -> Arc<[LeaseKey]> {
@@ -117,6 +122,7 @@ impl Cluster {
             partitions: Mutex::default(),
             now_ms: AtomicU64::new(1_000_000),
             lost_answer_count: AtomicU64::new(0),
+            ahead: Ahead::default(),
         });
         let dirs = (0..node_count).map(|_| tempfile::tempdir().unwrap()).collect();
         let mut cluster = Self { shared, hosts: Vec::new(), metrics: Arc::default(), dirs };

@@ -1,0 +1,83 @@
+//! Reading ahead: while a client works on one part of the log, the disk reads the next one.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use arqon_proto::{Batch, GroupId, Offset, RaftIndex};
+use arqon_storage::{Log, ReadError};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+/// Parts that a node keeps for readers that have not asked for them yet. The one made first goes
+/// first, so that a reader which left holds none for long.
+const PART_COUNT_MAX: usize = 8;
+
+/// Batches on their way from the disk.
+pub(super) type Reading = JoinHandle<Result<Vec<Batch>, ReadError>>;
+
+/// Where a part begins, and how large it was to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub group: GroupId,
+    pub offset: Offset,
+    /// In bytes.
+    pub size_max: usize,
+}
+
+/// The parts that a node has read ahead, for all of its partitions.
+#[derive(Debug, Default)]
+pub struct Ahead {
+    parts: Mutex<VecDeque<(Place, Reading)>>,
+}
+
+impl Ahead {
+    /// The part at `place`, if it was read ahead or is being read.
+    pub(super) fn take(&self, place: Place) -> Option<Reading> {
+        let mut parts = self.lock();
+        let at = parts.iter().position(|(other, _)| *other == place)?;
+        parts.remove(at).map(|(_, reading)| reading)
+    }
+
+    /// Keeps a part until it is taken or displaced.
+    pub(super) fn keep(&self, place: Place, reading: Reading) {
+        let mut parts = self.lock();
+        parts.retain(|(other, _)| *other != place);
+        if parts.len() == PART_COUNT_MAX {
+            parts.pop_front();
+        }
+        parts.push_back((place, reading));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(Place, Reading)>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads committed batches on a thread that may wait for the disk.
+pub(super) fn read(log: &Log, place: Place, through: RaftIndex) -> Reading {
+    let log = log.clone();
+    spawn_blocking(move || log.read_data(place.offset, through, place.size_max))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(offset: u64) -> Place {
+        Place { group: GroupId(1), offset: Offset(offset), size_max: 1_000 }
+    }
+
+    #[tokio::test]
+    async fn a_part_is_given_once_and_the_oldest_makes_room() {
+        let ahead = Ahead::default();
+        for offset in 0..=PART_COUNT_MAX as u64 {
+            ahead.keep(place(offset), tokio::spawn(async { Ok(Vec::new()) }));
+        }
+        assert!(ahead.take(place(0)).is_none());
+        assert!(ahead.take(place(1)).is_some() && ahead.take(place(1)).is_none());
+        assert!(ahead.take(Place { size_max: 999, ..place(2) }).is_none());
+        assert!(ahead.take(Place { group: GroupId(2), ..place(2) }).is_none());
+        assert!(ahead.take(place(2)).unwrap().await.unwrap().unwrap().is_empty());
+    }
+}
