@@ -61,11 +61,19 @@ pub const UNCOMMITTED_SIZE_MAX: usize = 64 << 20;
 /// Entries of one append sent to a follower, in bytes.
 pub const APPEND_SIZE_MAX: usize = 1 << 20;
 /// Recent entries kept in memory per group, in bytes.
-pub const RECENT_SIZE_MAX: usize = 8 << 20;
+pub const RECENT_SIZE_MAX: usize = 32 << 20;
+/// Recent entries kept in memory by all groups of a node together, in bytes.
+pub const RECENT_TOTAL_MAX: usize = 128 << 20;
 /// Requests that one client connection may have outstanding.
 pub const CONNECTION_REQUEST_COUNT_MAX: usize = 8_192;
 /// Client connections per node.
 pub const CONNECTION_COUNT_MAX: usize = 10_000;
+/// Requests received and not answered yet, of all connections of a node.
+pub const RECEIVED_TOTAL_MAX: usize = 96 << 20;
+/// Answers that were not sent yet, of all connections of a node.
+pub const SENDING_TOTAL_MAX: usize = 96 << 20;
+/// Large frames that are partly received, of all connections of a node.
+pub const PARTIAL_FRAMES_TOTAL_MAX: usize = 64 << 20;
 /// Time to complete a handshake, in milliseconds.
 pub const HANDSHAKE_MS_MAX: u64 = 5_000;
 

@@ -14,13 +14,15 @@
 
 mod round;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use arqon_proto::{GroupId, ReplicaId};
 
 use self::round::Writer;
 use crate::checkpoint::{self, CheckpointWrite};
@@ -31,6 +33,7 @@ use crate::flush::Op;
 use crate::log::{LogCore, State};
 use crate::metrics::{self, Metrics};
 use crate::options::{Backend, Options};
+use crate::recent::RecentTotal;
 use crate::segment::Segment;
 
 /// Rounds that run side by side, with io_uring.
@@ -45,10 +48,42 @@ const FILL_QUEUE_MAX: usize = 1_024;
 /// Syncs of marks of busy logs leave the disk alone for this many times as long as they take.
 const MARK_PAUSE: u32 = 8;
 
+/// The logs that are open, or were until their last handle was dropped.
+pub(crate) type Logs = HashMap<(GroupId, ReplicaId), Place>;
+
+/// What has the place of one log.
+pub(crate) enum Place {
+    /// It is being opened.
+    Opening,
+    Open(Weak<LogCore>),
+}
+
+impl Place {
+    fn weak(&self) -> Option<Weak<LogCore>> {
+        match self {
+            Self::Opening => None,
+            Self::Open(core) => Some(Weak::clone(core)),
+        }
+    }
+
+    /// The log, unless it is being opened or nobody has it any more.
+    pub fn log(&self) -> Option<Arc<LogCore>> {
+        match self {
+            Self::Opening => None,
+            Self::Open(core) => core.upgrade(),
+        }
+    }
+}
+
 pub(crate) struct Engine {
     pub disk: Arc<dyn Disk>,
     pub options: Options,
     pub metrics: Arc<Metrics>,
+    /// Recent entries of all logs.
+    pub recent: Arc<RecentTotal>,
+    logs: Mutex<Logs>,
+    /// A log was opened or could not be.
+    opened: Condvar,
     uring: bool,
     pool: Mutex<Pool>,
     pool_ready: Condvar,
@@ -149,10 +184,15 @@ impl Engine {
             None => (0..thread_count).map(|_| Writer::new(None).map(Box::new)).collect(),
         };
         let pool = Pool { writers: writers.map_err(failed)?, ..Pool::default() };
+        let metrics = Arc::<Metrics>::default();
+        let recent = RecentTotal::new(Arc::clone(&metrics), options.recent_size_max, options.recent_total_max);
         let engine = Arc::new(Self {
             disk,
             options,
-            metrics: Arc::default(),
+            metrics,
+            recent: Arc::new(recent),
+            logs: Mutex::default(),
+            opened: Condvar::new(),
             uring,
             pool: Mutex::new(pool),
             pool_ready: Condvar::new(),
@@ -173,6 +213,28 @@ impl Engine {
         let housekeeper = Arc::clone(&engine);
         spawn("log-chores", Box::new(move || housekeeper.run_chores())).map_err(failed)?;
         Ok((engine, threads))
+    }
+
+    pub fn logs(&self) -> MutexGuard<'_, Logs> {
+        lock(&self.logs)
+    }
+
+    /// As [`Engine::logs`], when none of those that `matter` is being opened any more.
+    pub fn logs_opened(&self, matter: impl Fn(&(GroupId, ReplicaId)) -> bool) -> MutexGuard<'_, Logs> {
+        let opening = |logs: &mut Logs| logs.iter().any(|(key, place)| matches!(place, Place::Opening) && matter(key));
+        self.opened.wait_while(self.logs(), opening).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the opening of a log: with the log, or with an error.
+    pub fn end_opening(&self, key: (GroupId, ReplicaId), core: Option<&Arc<LogCore>>) {
+        {
+            let mut logs = self.logs();
+            match core {
+                Some(core) => logs.insert(key, Place::Open(Arc::downgrade(core))),
+                None => logs.remove(&key),
+            };
+        }
+        self.opened.notify_all();
     }
 
     pub fn backend_name(&self) -> &'static str {
@@ -268,6 +330,18 @@ impl Engine {
         }
         lock(&self.pool).writers.push(writer);
         cores.into_iter().for_each(|core| self.release(core));
+        if self.recent.begin_trim() {
+            self.trim_recent();
+        }
+    }
+
+    /// Cuts what each log keeps in memory to a share that lets all of them fit.
+    fn trim_recent(&self) {
+        let logs: Vec<_> = self.logs().values().filter_map(Place::weak).collect();
+        // One at a time: a log that is held here counts as open.
+        let sizes = logs.iter().filter_map(|core| Some(core.upgrade()?.lock().recent.size()));
+        self.recent.share_among(sizes.collect());
+        logs.iter().filter_map(Weak::upgrade).for_each(|core| core.lock().evict());
     }
 
     /// Gives a log back after one operation: to the end of the line, so that all logs get on.

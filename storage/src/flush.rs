@@ -284,7 +284,7 @@ impl LogCore {
         {
             let mut state = self.lock();
             state.pending_size -= group.size;
-            state.flush_through(group.last, engine.options.recent_size_max);
+            state.flush_through(group.last);
             state.mark_dirty = true;
             state.flushed_at = Some(now);
             engine.watch_mark(self, &mut state);

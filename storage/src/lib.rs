@@ -19,6 +19,7 @@
 //!   store.rs     opens a directory          recovery.rs  opens a log after a crash
 //!   log.rs       changes of a log           flush.rs     what they do on disk
 //!   read.rs      reads                      engine.rs    the threads that do it
+//!   recent.rs    entries in memory
 //!   segment.rs   one file                   layout.rs    its bytes
 //!   disk.rs      what is needed of a disk: real, in memory, faulty
 //! ```
@@ -42,6 +43,7 @@ mod metrics;
 mod options;
 mod position;
 mod read;
+mod recent;
 mod recovery;
 mod segment;
 mod store;

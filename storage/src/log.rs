@@ -16,6 +16,7 @@ use crate::flush::{Done, Group, LogIo, Op};
 use crate::layout::SegmentHeader;
 use crate::metrics;
 use crate::position::{LogPosition, index_after};
+use crate::recent::{Recent, RecentEntries};
 use crate::segment::{Segment, SegmentState};
 use crate::store::StoreHold;
 
@@ -45,13 +46,6 @@ pub(crate) struct LogCore {
     pub io: Mutex<LogIo>,
 }
 
-/// One entry kept in memory, and where it stands on disk.
-pub(crate) struct Recent {
-    pub batch: Batch,
-    pub segment: Arc<Segment>,
-    pub at: u64,
-}
-
 #[derive(Default)]
 pub(crate) struct State {
     pub purged: Option<LogPosition>,
@@ -71,8 +65,7 @@ pub(crate) struct State {
     pub tail_open: bool,
     /// Capacity of the segment after this one.
     pub next_capacity: u64,
-    pub recent: VecDeque<Recent>,
-    pub recent_size: usize,
+    pub recent: RecentEntries,
     pub queue: VecDeque<Op>,
     /// Whether the engine has this log or will run it without being told.
     pub scheduled: bool,
@@ -91,23 +84,16 @@ pub(crate) struct State {
 
 impl State {
     /// Bookkeeping of entries flushed up to and with `last`.
-    pub fn flush_through(&mut self, last: LogPosition, recent_size_max: usize) {
+    pub fn flush_through(&mut self, last: LogPosition) {
         if self.cuts.iter().all(|cut| last.index.0 < *cut) {
             self.flushed = Some(last);
         }
-        self.evict(recent_size_max);
+        self.evict();
     }
 
     /// Drops recent entries beyond the limit, but for those not flushed yet.
-    fn evict(&mut self, recent_size_max: usize) {
-        let flushed = index_after(self.flushed);
-        while self.recent_size > recent_size_max
-            && let Some(oldest) = self.recent.front()
-            && oldest.batch.header.index.0 < flushed
-        {
-            self.recent_size -= oldest.batch.header.batch_size();
-            self.recent.pop_front();
-        }
+    pub fn evict(&mut self) {
+        self.recent.evict(index_after(self.flushed));
     }
 
     pub fn first_recent(&self) -> Option<u64> {
@@ -128,15 +114,6 @@ impl State {
             return Err(Error::Closed);
         }
         Ok(())
-    }
-
-    fn keep_recent(&mut self, index_end: u64) {
-        while let Some(newest) = self.recent.back()
-            && newest.batch.header.index.0 >= index_end
-        {
-            self.recent_size -= newest.batch.header.batch_size();
-            self.recent.pop_back();
-        }
     }
 }
 
@@ -216,8 +193,7 @@ impl LogCore {
         };
         group.push(&encoded, &batch, position, state.chain);
         state.pending_size += size;
-        state.recent_size += size;
-        state.recent.push_back(Recent { batch, segment, at });
+        state.recent.push(Recent { batch, segment, at });
     }
 
     /// Starts a new segment when the last one is closed or has no room for `size` bytes.
@@ -384,7 +360,7 @@ impl Log {
             }
             (Arc::clone(&tail.segment), tail.end)
         });
-        state.keep_recent(index);
+        state.recent.keep_below(index);
         state.last = last;
         state.flushed =
             state.flushed.filter(|flushed| flushed.index.0 < index).or(last.filter(|_| state.flushed.is_some()));
@@ -447,12 +423,7 @@ impl Log {
             removed.push(Arc::clone(&first.segment));
             state.segments.pop_front();
         }
-        while let Some(oldest) = state.recent.front()
-            && oldest.batch.header.index <= position.index
-        {
-            state.recent_size -= oldest.batch.header.batch_size();
-            state.recent.pop_front();
-        }
+        state.recent.keep_from(position.index.0 + 1);
         state.purged = Some(position);
         state.log_start = start_offset;
         let done = Done::new(done);
@@ -500,7 +471,6 @@ impl Log {
     ) {
         let removed = state.segments.drain(..).rev().map(|segment| segment.segment).collect();
         state.recent.clear();
-        state.recent_size = 0;
         state.purged = Some(position);
         state.last = Some(position);
         state.next_offset = next_offset;

@@ -93,6 +93,8 @@ pub struct Metrics {
     pub queue_depth: AtomicU64,
     /// Bytes waiting for their flush.
     pub queue_size: AtomicU64,
+    /// Bytes of recent entries kept in memory.
+    pub recent_size: AtomicU64,
     /// Segments created.
     pub roll_count: AtomicU64,
     /// Zero bytes written ahead.

@@ -37,6 +37,9 @@ pub struct Options {
     pub segment_size_max: u64,
     /// Recent entries that each log keeps in memory. Entries not flushed yet stay beyond it.
     pub recent_size_max: usize,
+    /// Recent entries that all logs keep together, but for those not flushed yet. Beyond it each log
+    /// keeps the same share, of 64 KiB at least; it may be passed by an eighth for a moment.
+    pub recent_total_max: usize,
     /// Appended and not yet flushed, per log; an append beyond it is refused.
     pub pending_size_max: usize,
     /// One flush group of one log: one write and one fdatasync.
@@ -60,6 +63,7 @@ impl Default for Options {
             segment_size_first: 1 << 20,
             segment_size_max: 64 << 20,
             recent_size_max: limits::RECENT_SIZE_MAX,
+            recent_total_max: limits::RECENT_TOTAL_MAX,
             pending_size_max: 4 * limits::UNCOMMITTED_SIZE_MAX,
             flush_size_max: 8 << 20,
             fill_size: 256 << 10,

@@ -38,6 +38,7 @@ use crate::layout::{
 };
 use crate::log::State;
 use crate::position::{LogPosition, index_after};
+use crate::recent::RecentEntries;
 use crate::segment::{BatchError, Segment, SegmentState, Walk, read_front};
 
 /// Largest manifest or vote file read, in bytes.
@@ -186,6 +187,7 @@ pub(crate) fn recover(
         tail_open,
         next_capacity: next_capacity.min(options.segment_size_max),
         checkpoints: kept_checkpoints,
+        recent: RecentEntries::new(Arc::clone(&engine.recent)),
         ..State::default()
     };
     Ok((state, LogIo { manifest, mark, marked, unsynced_since: None }, recovery))

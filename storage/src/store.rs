@@ -1,20 +1,20 @@
 //! One data directory: its identity, its lock, its logs.
 
-use std::collections::HashMap;
-use std::collections::hash_map::{Entry, RandomState};
+use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use arqon_proto::{DecodeError, GroupId, Offset, ReplicaId, chain_start};
 use bytes::Bytes;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::oneshot;
 
 use crate::disk::real::RealDisk;
 use crate::disk::{self, Disk, join};
-use crate::engine::Engine;
+use crate::engine::{Engine, Place};
 use crate::error::OpenError;
 use crate::flush::{Done, Op, encode_vote};
 use crate::layout::{
@@ -28,6 +28,9 @@ use crate::recovery::{Recovery, recover};
 
 /// Largest identity file, in bytes.
 const IDENTITY_SIZE_MAX: usize = 64 << 10;
+/// A hard limit of open files below this is worth a line in the log: a thousand logs have a few
+/// thousand files open, and every connection is one too.
+const FILE_COUNT_LOW: u64 = 16 << 10;
 
 /// An open data directory. Clones share it; it closes with the last clone and the last
 /// [`Log`] of it, or with [`Store::close`].
@@ -40,7 +43,6 @@ pub struct Store {
 pub(crate) struct StoreHold {
     engine: Arc<Engine>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    open: Mutex<HashMap<(GroupId, ReplicaId), Weak<LogCore>>>,
 }
 
 impl Drop for StoreHold {
@@ -60,9 +62,34 @@ impl StoreHold {
             }
         }
     }
+}
 
-    fn open(&self) -> MutexGuard<'_, HashMap<(GroupId, ReplicaId), Weak<LogCore>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+/// The place of a log that is being opened. Given back when it is dropped.
+struct Opening<'a> {
+    engine: &'a Engine,
+    key: (GroupId, ReplicaId),
+    core: Option<Arc<LogCore>>,
+}
+
+impl<'a> Opening<'a> {
+    /// Takes the place, unless the log is open or being opened.
+    fn begin(engine: &'a Engine, key: (GroupId, ReplicaId)) -> Option<Self> {
+        let mut logs = engine.logs();
+        let taken = |place: &Place| match place {
+            Place::Opening => true,
+            Place::Open(core) => core.upgrade().is_some_and(|core| !core.lock().closed),
+        };
+        if logs.get(&key).is_some_and(taken) {
+            return None;
+        }
+        logs.insert(key, Place::Opening);
+        Some(Self { engine, key, core: None })
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        self.engine.end_opening(self.key, self.core.as_ref());
     }
 }
 
@@ -73,13 +100,15 @@ pub(crate) fn random_number() -> u64 {
 }
 
 impl Store {
-    /// Opens the data directory `dir`, creating it when it is absent or empty.
+    /// Opens the data directory `dir`, creating it when it is absent or empty. Lets the process
+    /// open as many files as its hard limit says.
     ///
     /// # Errors
     /// The directory is in use, belongs to another cluster or node, holds other files, was
     /// written by a newer program, or the disk failed. Nothing was changed then.
     pub fn open(dir: &Path, identity: Identity, options: Options) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Io { what: dir.display().to_string(), source };
+        raise_file_limit();
         let disk = RealDisk::create(dir).map_err(failed)?.with_direct_writes(options.direct_writes);
         Self::open_on(Arc::new(disk), identity, options)
     }
@@ -113,7 +142,7 @@ impl Store {
         }
         prepare_logs_dir(disk.as_ref()).map_err(failed(LOGS_DIR))?;
         let (engine, threads) = Engine::start(disk, options)?;
-        let hold = StoreHold { engine, threads: Mutex::new(threads), open: Mutex::default() };
+        let hold = StoreHold { engine, threads: Mutex::new(threads) };
         Ok(Self { hold: Arc::new(hold) })
     }
 
@@ -141,26 +170,20 @@ impl Store {
     }
 
     /// Opens the log of a replica placement, creating it when it is not there. What was not
-    /// synced before a crash is synced before this returns.
+    /// synced before a crash is synced before this returns. Several threads may open logs at once.
     ///
     /// # Errors
-    /// The log is open already, quarantined, of a newer format, or the disk failed.
+    /// The log is open or being opened already, quarantined, of a newer format, or the disk failed.
     pub fn open_log(&self, group: GroupId, replica: ReplicaId) -> Result<(Log, Recovery), OpenError> {
         let engine = &self.hold.engine;
-        let mut open = self.hold.open();
-        let place = open.entry((group, replica));
-        if let Entry::Occupied(there) = &place
-            && there.get().upgrade().is_some_and(|core| !core.lock().closed)
-        {
-            return Err(OpenError::LogOpen { group, replica });
-        }
+        let mut opening = Opening::begin(engine, (group, replica)).ok_or(OpenError::LogOpen { group, replica })?;
         let dir = log_dir(group, replica);
         let created = create_log(engine.disk.as_ref(), group, replica)
             .map_err(|source| OpenError::Io { what: join(&engine.disk.name(), &dir), source })?;
         let (state, io, recovery) = recover(engine, group, replica)?;
         let core = Arc::new(LogCore::new(group, replica, dir, Arc::clone(engine), state, io));
-        place.insert_entry(Arc::downgrade(&core));
-        drop(open);
+        opening.core = Some(Arc::clone(&core));
+        drop(opening);
         Ok((Log { core, _store: Arc::clone(&self.hold) }, Recovery { created, ..recovery }))
     }
 
@@ -169,7 +192,8 @@ impl Store {
     /// # Errors
     /// The disk failed.
     pub fn delete_log(&self, group: GroupId, replica: ReplicaId) -> io::Result<()> {
-        let open = self.hold.open().remove(&(group, replica)).and_then(|core| core.upgrade());
+        let key = (group, replica);
+        let open = self.hold.engine.logs_opened(|other| *other == key).remove(&key).and_then(|place| place.log());
         let Some(core) = open.filter(|core| !core.lock().closed) else {
             return delete_dir(self.hold.engine.disk.as_ref(), group, replica);
         };
@@ -185,7 +209,10 @@ impl Store {
     /// Flushes everything appended, syncs the durable marks and ends the threads. Logs of this
     /// store take no writes from then on.
     pub async fn close(self) {
-        let open: Vec<_> = self.hold.open().drain().filter_map(|(_, core)| core.upgrade()).collect();
+        let open: Vec<_> = {
+            let mut logs = self.hold.engine.logs_opened(|_| true);
+            logs.drain().filter_map(|(_, place)| place.log()).collect()
+        };
         for core in &open {
             let (done, receiver) = oneshot::channel();
             {
@@ -202,6 +229,20 @@ impl Store {
         }
         self.hold.engine.stop();
         self.hold.join();
+    }
+}
+
+/// Raises the limit of open files to what the process may have: a log has a few files open.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+            tracing::warn!("raising the limit of open files from {:?} failed: {error}", limit.current);
+        }
+    }
+    if let Some(maximum) = limit.maximum.filter(|maximum| *maximum < FILE_COUNT_LOW) {
+        tracing::warn!("this process may open {maximum} files at most; a node with many partitions needs more");
     }
 }
 

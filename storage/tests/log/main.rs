@@ -5,5 +5,6 @@
 mod contract;
 mod crash;
 mod damage;
+mod many;
 mod model;
 mod support;
