@@ -315,7 +315,7 @@ impl RecordCursor {
     ///
     /// # Errors
     /// A malformed record, or bytes after the last one; the cursor stays where it is.
-    pub fn next(&mut self) -> Result<Option<(RecordRef<'_>, &Bytes)>, DecodeError> {
+    pub fn read(&mut self) -> Result<Option<(RecordRef<'_>, &Bytes)>, DecodeError> {
         let rest = &self.plain[self.position..];
         if self.left == 0 {
             let nothing_follows = rest.is_empty();
@@ -586,14 +586,14 @@ mod tests {
                     cursor.skip().unwrap();
                     continue;
                 }
-                let (record, bytes) = cursor.next().unwrap().unwrap();
+                let (record, bytes) = cursor.read().unwrap().unwrap();
                 assert_eq!(bytes.slice_ref(record.payload), vec![number; 100]);
             }
-            assert!(cursor.next().unwrap().is_none() && cursor.skip().is_err());
+            assert!(cursor.read().unwrap().is_none() && cursor.skip().is_err());
             batch.header.record_count = 4;
             let mut cursor = RecordCursor::new(&batch).unwrap();
             (0..4).for_each(|_| cursor.skip().unwrap());
-            assert!(cursor.next().is_err());
+            assert!(cursor.read().is_err());
         }
     }
 

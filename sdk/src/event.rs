@@ -268,7 +268,7 @@ impl Events {
 
     fn event(&mut self, offset: u64) -> Result<Event, DecodeError> {
         let missing = DecodeError::Truncated { what: "record", need: 1, have: 0 };
-        let (record, bytes) = self.records.next()?.ok_or(missing)?;
+        let (record, bytes) = self.records.read()?.ok_or(missing)?;
         let slice = |part: &[u8]| if part.is_empty() { Bytes::new() } else { bytes.slice_ref(part) };
         if *self.schema != *record.schema {
             self.schema = record.schema.into();

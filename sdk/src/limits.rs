@@ -32,6 +32,8 @@ pub const EAGER_COUNT_MAX: usize = 5;
 pub const TICK_MAX: Duration = Duration::from_millis(250);
 /// Longest linger of a producer.
 pub const LINGER_MAX: Duration = Duration::from_millis(5);
+/// Requests for jobs that a worker may have unanswered per partition.
+pub const WORK_COUNT_MAX: usize = 4;
 /// Jobs that one worker may hold.
 pub const PARALLELISM_MAX: usize = 10_000;
 /// Redirections (`NOT_LEADER` naming a leader) that are followed without a pause.

@@ -351,7 +351,9 @@ impl Building {
 
     fn open(&mut self) -> &mut Open {
         self.open.get_or_insert_with(|| {
-            while self.unresolved.pop_front_if(|oldest| oldest.is_known()).is_some() {}
+            while self.unresolved.front().is_some_and(|oldest| oldest.is_known()) {
+                self.unresolved.pop_front();
+            }
             let outcome = Outcome::new(self.shared.topic.clone(), self.partition);
             self.unresolved.push_back(outcome.clone());
             Open {

@@ -1,7 +1,7 @@
 //! The queue worker: takes jobs from all partitions in turn, never more than it may hold.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -163,7 +163,7 @@ impl Worker {
             idle: description.partitions.iter().map(|known| Turn::new(known.partition)).collect(),
             partition_count: description.partitions.len(),
             hot_count: 0,
-            extra: HashSet::new(),
+            extra: HashMap::new(),
             places: places.clone(),
             polls: FuturesUnordered::new(),
             sender,
@@ -249,7 +249,7 @@ impl Drop for Worker {
 /// A partition that waits to be asked.
 struct Turn {
     partition: u32,
-    /// A second request beside the first, while that brings all it asks for.
+    /// One more request beside the first, while it brings all it asks for.
     is_extra: bool,
     /// Whether it gave all that was asked last time.
     hot: bool,
@@ -279,8 +279,8 @@ struct Taker {
     idle: VecDeque<Turn>,
     partition_count: usize,
     hot_count: usize,
-    /// Partitions with a second turn.
-    extra: HashSet<u32>,
+    /// Turns of each partition beside the first.
+    extra: HashMap<u32, usize>,
     places: Arc<Semaphore>,
     polls: FuturesUnordered<BoxFuture<'static, Polled>>,
     sender: mpsc::UnboundedSender<Result<Vec<Job>, Error>>,
@@ -368,10 +368,12 @@ impl Taker {
         turn.hot = !answer.0.is_empty() && answer.0.len() >= asked;
         self.hand_out(turn.partition, places, answer);
         if turn.is_extra && !turn.hot {
-            self.extra.remove(&turn.partition);
+            self.drop_extra(turn.partition);
             return true;
         }
-        if turn.hot && self.extra.insert(turn.partition) {
+        let extra = self.extra.entry(turn.partition).or_default();
+        if turn.hot && *extra < limits::WORK_COUNT_MAX - 1 {
+            *extra += 1;
             self.hot_count += 1;
             self.idle.push_back(Turn { is_extra: true, hot: true, ..Turn::new(turn.partition) });
         }
@@ -380,10 +382,14 @@ impl Taker {
         true
     }
 
+    fn drop_extra(&mut self, partition: u32) {
+        self.extra.entry(partition).and_modify(|count| *count -= 1);
+    }
+
     fn refused(&mut self, mut turn: Turn, error: Error) -> bool {
         if turn.is_extra {
             // The first request will meet the same, and tell.
-            self.extra.remove(&turn.partition);
+            self.drop_extra(turn.partition);
             return true;
         }
         let since = *turn.failing_since.get_or_insert_with(Instant::now);

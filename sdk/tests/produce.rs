@@ -74,6 +74,58 @@ async fn events_come_back_as_they_were_on_both_carriers() {
 }
 
 #[tokio::test]
+async fn receipts_come_in_any_order_to_any_task_even_when_the_producer_is_gone() {
+    let (bus, client) = bus("t", 1, 1).await;
+    bus.faults(Kind::Produce, [None, Some(Fault::Lost)]);
+    let options = ProducerOptions { buffer_size: 2 << 20, batch_size: 3_000, ..Default::default() };
+    let producer = client.producer("t", options).await.unwrap();
+    let mut deliveries = Vec::new();
+    for number in 0..2_000u64 {
+        deliveries.push((number, producer.send(NewEvent::new(number.to_string())).await.unwrap()));
+    }
+    drop(producer);
+    let odd: Vec<_> = deliveries.extract_if(.., |(number, _)| *number % 2 == 1).collect();
+    let odd = tokio::spawn(async move {
+        for (number, delivery) in odd {
+            assert_eq!(delivery.await.unwrap().offset, number);
+        }
+    });
+    for (number, delivery) in deliveries.into_iter().rev() {
+        assert_eq!(delivery.await.unwrap().offset, number);
+    }
+    odd.await.unwrap();
+
+    let stop = ConsumerOptions { stop_at_end: true, ..Default::default() };
+    let mut consumer = client.consumer("t", stop).await.unwrap();
+    let mut ids = std::collections::HashSet::new();
+    while let Some(event) = consumer.next().await.unwrap() {
+        assert_eq!((event.id[6] >> 4, event.id[8] >> 6), (7, 0b10), "a UUIDv7 was made");
+        ids.insert(event.id);
+    }
+    assert_eq!(ids.len(), 2_000);
+}
+
+#[tokio::test]
+async fn a_full_buffer_lets_senders_wait_and_no_event_is_lost() {
+    let (bus, client) = bus("t", 2, 1).await;
+    let options = ProducerOptions { buffer_size: 1_179_648, ..Default::default() };
+    let producer = client.producer("t", options).await.unwrap();
+    let mut senders = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let producer = producer.clone();
+        senders.spawn(async move {
+            for _ in 0..20 {
+                drop(producer.send(NewEvent::new(vec![b'x'; 200_000])).await.unwrap());
+            }
+        });
+    }
+    senders.join_all().await;
+    producer.flush().await.unwrap();
+    let written: usize = (0..2).map(|partition| bus.state().payloads("t", partition).len()).sum();
+    assert_eq!(written, 160);
+}
+
+#[tokio::test]
 async fn a_batch_whose_answer_is_lost_stands_once_and_its_receipt_is_right() {
     let (bus, client) = bus("t", 1, 1).await;
     bus.faults(Kind::Produce, [None, Some(Fault::DoneThenLost), Some(Fault::Lost), None, Some(Fault::DoneThenLost)]);

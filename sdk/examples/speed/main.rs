@@ -5,7 +5,8 @@
 //!   ... read 1024 | work 1024 | work-many 1024 | single 1024          (add --ws to go through WebSocket)
 //! ```
 //!
-//! The server is a process of its own, so that the CPU time shown is that of the client alone.
+//! The server is a process of its own, so that the CPU time shown is that of the client alone. With
+//! `--server host:port` it is a real one: ARQON_TOKEN holds its token, and it has `speed.jobs`.
 
 #![expect(clippy::unwrap_used, reason = "a measurement stops at the first fault")]
 
@@ -21,13 +22,18 @@ use std::{
 use arqon_sdk::{Client, ConsumerOptions, Job, NewEvent, Options, ProducerOptions, WorkerOptions};
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 
+const TOPIC: &str = "speed.jobs";
+
 struct Arguments {
     case: String,
     size: usize,
     window: usize,
     partitions: u32,
     time: Duration,
+    fetch_size: u32,
     websocket: bool,
+    /// A real server with the topic `speed.jobs`, whose token is in `ARQON_TOKEN`.
+    server: Option<String>,
 }
 
 fn arguments() -> Arguments {
@@ -38,14 +44,21 @@ fn arguments() -> Arguments {
         window: 4096,
         partitions: 1,
         time: Duration::from_secs(5),
+        fetch_size: 1 << 20,
         websocket: false,
+        server: None,
     };
     while let Some(word) = given.next() {
+        if word == "--server" {
+            arguments.server = given.next();
+            continue;
+        }
         let mut number = || given.next().and_then(|text| text.parse::<usize>().ok()).unwrap();
         match word.as_str() {
             "--window" => arguments.window = number(),
             "--partitions" => arguments.partitions = number() as u32,
             "--seconds" => arguments.time = Duration::from_secs(number() as u64),
+            "--fetch" => arguments.fetch_size = number() as u32,
             "--ws" => arguments.websocket = true,
             size => arguments.size = size.parse().unwrap(),
         }
@@ -82,9 +95,15 @@ fn start_sink(arguments: &Arguments) -> (Server, String) {
 }
 
 async fn measure(arguments: &Arguments) {
-    let (_server, address) = start_sink(arguments);
-    let address = if arguments.websocket { format!("ws://{address}") } else { address };
-    let client = Client::connect(Options::new([address], "token")).await.unwrap();
+    let (_sink, address, token) = match &arguments.server {
+        Some(server) => (None, server.clone(), std::env::var("ARQON_TOKEN").unwrap()),
+        None => {
+            let (sink, address) = start_sink(arguments);
+            let address = if arguments.websocket { format!("ws://{address}") } else { address };
+            (Some(sink), address, "token".to_owned())
+        }
+    };
+    let client = Client::connect(Options::new([address], token)).await.unwrap();
     let (begin, cpu) = (Instant::now(), cpu_seconds());
     let count = match arguments.case.as_str() {
         "publish" => publish(&client, arguments).await,
@@ -115,7 +134,7 @@ fn cpu_seconds() -> f64 {
 
 async fn publish(client: &Client, arguments: &Arguments) -> u64 {
     let options = ProducerOptions { buffer_size: 256 << 20, ..ProducerOptions::default() };
-    let producer = client.producer("t", options).await.unwrap();
+    let producer = client.producer(TOPIC, options).await.unwrap();
     let payload = vec![7u8; arguments.size];
     let mut waiting = VecDeque::with_capacity(arguments.window);
     let end = Instant::now() + arguments.time;
@@ -138,7 +157,7 @@ async fn publish(client: &Client, arguments: &Arguments) -> u64 {
 }
 
 async fn single(client: &Client, arguments: &Arguments) -> u64 {
-    let producer = client.producer("t", ProducerOptions::default()).await.unwrap();
+    let producer = client.producer(TOPIC, ProducerOptions::default()).await.unwrap();
     let end = Instant::now() + arguments.time;
     let mut count = 0;
     while Instant::now() < end {
@@ -149,7 +168,8 @@ async fn single(client: &Client, arguments: &Arguments) -> u64 {
 }
 
 async fn read(client: &Client, arguments: &Arguments) -> u64 {
-    let mut consumer = client.consumer("t", ConsumerOptions::default()).await.unwrap();
+    let options = ConsumerOptions { bytes_max: arguments.fetch_size, ..ConsumerOptions::default() };
+    let mut consumer = client.consumer(TOPIC, options).await.unwrap();
     let end = Instant::now() + arguments.time;
     let mut count = 0u64;
     while !count.is_multiple_of(64) || Instant::now() < end {
@@ -165,7 +185,7 @@ fn worker_options(arguments: &Arguments) -> WorkerOptions {
 }
 
 async fn work(client: &Client, arguments: &Arguments) -> u64 {
-    let mut worker = client.worker("t", worker_options(arguments)).await.unwrap();
+    let mut worker = client.worker(TOPIC, worker_options(arguments)).await.unwrap();
     let end = Instant::now() + arguments.time;
     let mut acks = FuturesUnordered::new();
     let mut count = 0;
@@ -185,7 +205,7 @@ async fn work(client: &Client, arguments: &Arguments) -> u64 {
 }
 
 async fn work_many(client: &Client, arguments: &Arguments) -> u64 {
-    let mut worker = client.worker("t", worker_options(arguments)).await.unwrap();
+    let mut worker = client.worker(TOPIC, worker_options(arguments)).await.unwrap();
     let end = Instant::now() + arguments.time;
     let mut acks = FuturesUnordered::new();
     let mut count = 0;
