@@ -10,9 +10,11 @@
 //!                                       writer task <-- queue, bounded
 //! ```
 //!
-//! What is bounded: requests outstanding, bytes of batches received and not answered, bytes of
-//! answers not sent, and the time for which a client may be silent or not read.
+//! What is bounded: requests outstanding, bytes of frames partly received, of requests not answered
+//! and of answers not sent (see `budget`: per connection and of all of them), and the time for which
+//! a client may be silent, not go on with a frame, or not read.
 
+mod budget;
 mod reader;
 mod requests;
 mod writer;
@@ -34,6 +36,7 @@ use crate::{
     clock,
     error::{error, invalid},
 };
+use budget::Budget;
 use reader::{FrameReader, ReadError, Reader};
 use requests::Requests;
 use writer::{Outgoing, Writer};
@@ -55,6 +58,7 @@ const SESSION_LENGTH_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Accepts clients until the node stops, then waits for their sessions to drain.
 pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener, tls: Option<TlsAcceptor>) {
+    let budget = Arc::new(Budget::new());
     let slots = Arc::new(Semaphore::new(limits::CONNECTION_COUNT_MAX));
     let mut stopping = broker.stopping.subscribe();
     let mut sessions = JoinSet::new();
@@ -78,10 +82,10 @@ pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener, tls: Optio
             // Closed without a word: words would cost what has run out.
             continue;
         };
-        let (broker, tls) = (broker.clone(), tls.clone());
+        let (broker, budget, tls) = (broker.clone(), budget.clone(), tls.clone());
         sessions.spawn(async move {
             broker.metrics.connections.inc();
-            let end = run(&broker, stream, tls.as_ref()).await;
+            let end = run(&broker, &budget, stream, tls.as_ref()).await;
             broker.metrics.connections.dec();
             tracing::debug!(%from, end, "client session ended");
             drop(slot);
@@ -92,7 +96,7 @@ pub(crate) async fn serve(broker: Arc<Broker>, listener: TcpListener, tls: Optio
 }
 
 // Why the session ended is for the log alone.
-async fn run(broker: &Arc<Broker>, stream: TcpStream, tls: Option<&TlsAcceptor>) -> &'static str {
+async fn run(broker: &Arc<Broker>, budget: &Arc<Budget>, stream: TcpStream, tls: Option<&TlsAcceptor>) -> &'static str {
     let deadline = Instant::now() + HANDSHAKE_PATIENCE;
     let (read_half, mut write_half) = match timeout_at(deadline, halves(stream, tls)).await {
         Ok(Ok(halves)) => halves,
@@ -103,7 +107,7 @@ async fn run(broker: &Arc<Broker>, stream: TcpStream, tls: Option<&TlsAcceptor>)
         }
         Err(_) => return "no handshake in time",
     };
-    let mut reader = FrameReader::new(read_half);
+    let mut reader = FrameReader::new(read_half, budget.clone());
     let greeted = timeout_at(deadline, handshake(broker, &mut reader)).await;
     let (session, hello) = match greeted {
         Ok(Ok(greeted)) => greeted,
@@ -115,11 +119,11 @@ async fn run(broker: &Arc<Broker>, stream: TcpStream, tls: Option<&TlsAcceptor>)
         Err(_) => return "no handshake in time",
     };
     let (answers, queue) = mpsc::channel(ANSWER_COUNT_MAX);
-    let writer = tokio::spawn(writer::run(write_half, queue, broker.metrics.clone()));
+    let writer = tokio::spawn(writer::run(write_half, queue, broker.metrics.clone(), budget.clone()));
     let lifetime = Duration::from_secs(session.expires_at.saturating_sub(clock::now_seconds())).min(SESSION_LENGTH_MAX);
     let ends_at = Instant::now() + lifetime;
     let welcome = welcome(broker, &session);
-    let requests = Requests::new(broker.clone(), session, hello.credit_bytes, answers.clone());
+    let requests = Requests::new(broker.clone(), budget.clone(), session, hello.credit_bytes, answers.clone());
     let mut end = "the client is gone";
     if send(&answers, 0, Body::Welcome(welcome)).await {
         let (farewell, reason) = receive(&requests, &mut reader, ends_at, broker.stopping.subscribe()).await;
@@ -156,8 +160,8 @@ async fn send(answers: &mpsc::Sender<Outgoing>, request_id: u64, body: Body) -> 
 }
 
 async fn handshake(broker: &Broker, reader: &mut FrameReader) -> Result<(Session, wire::Hello), wire::Error> {
-    let (frame, _) = reader.next(HELLO_SIZE_MAX).await.map_err(ReadError::into_wire)?;
-    let Some(Body::Hello(hello)) = frame.body else {
+    let received = reader.next(HELLO_SIZE_MAX, HANDSHAKE_PATIENCE).await.map_err(ReadError::into_wire)?;
+    let Some(Body::Hello(hello)) = received.frame.body else {
         return Err(error(ErrorCode::AuthenticationFailed, "the first frame must be Hello"));
     };
     if hello.version != PROTOCOL_VERSION {
@@ -191,34 +195,38 @@ async fn receive(
     let mut asked = false;
     loop {
         let received = tokio::select! {
-            received = timeout(SILENCE_MAX, reader.next(limits::FRAME_SIZE_MAX)) => received,
+            received = reader.next(limits::FRAME_SIZE_MAX, SILENCE_MAX) => received,
             () = &mut expiry => {
                 return (Some(error(ErrorCode::AuthenticationFailed, "the token has expired")), "the token has expired");
             }
             _ = stopping.wait_for(|stopping| *stopping) => return (None, "the node is shutting down"),
         };
-        let (frame, body) = match received {
-            Ok(Ok(received)) => received,
-            Ok(Err(ReadError::Closed)) => return (None, "the client closed it"),
-            Ok(Err(refused)) => return (Some(refused.into_wire()), "malformed frame"),
-            Err(_) if asked => return (None, "the client is silent"),
-            Err(_) => {
+        let received = match received {
+            Ok(received) => received,
+            Err(ReadError::Closed) => return (None, "the client closed it"),
+            Err(ReadError::Silent) if asked => return (None, "the client is silent"),
+            Err(ReadError::Silent) => {
                 asked = true;
                 if !requests.send(0, Body::Ping(wire::Ping {})).await {
                     return (None, "the client is gone");
                 }
                 continue;
             }
+            Err(ReadError::Stalled) => {
+                return (Some(ReadError::Stalled.into_wire()), "the client does not go on with its frame");
+            }
+            Err(refused) => return (Some(refused.into_wire()), "malformed frame"),
         };
         asked = false;
-        let Some(request) = frame.body else {
+        let request_id = received.frame.request_id;
+        if received.frame.body.is_none() {
             let refused = invalid("body", "the request is empty or newer than this server");
-            if !requests.send(frame.request_id, Body::Error(refused)).await {
+            if !requests.send(request_id, Body::Error(refused)).await {
                 return (None, "the client is gone");
             }
             continue;
         };
-        if !requests.take(frame.request_id, request, body).await {
+        if !requests.take(received).await {
             return (None, "the client is gone");
         }
     }

@@ -7,22 +7,48 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use wire::{ErrorCode, frame::Body};
 
-use super::writer::Outgoing;
+use super::{
+    budget::{Budget, Room, Share, Turn},
+    reader::Received,
+    writer::Outgoing,
+};
 use crate::{
     broker::{Broker, authorize, authorize_describe},
     error::{error, invalid},
-    partition::{Operator, Submitted},
+    partition::{Operator, Partition, Submitted},
 };
 
-/// Batches received and not answered yet, per connection, in bytes. More is not read.
-const RECEIVED_SIZE_MAX: usize = 64 << 20;
-/// Batches in answers that were not sent yet, per connection, in bytes.
-const SENDING_SIZE_MAX: usize = 16 << 20;
 /// Credit that a client may pile up, in bytes.
 const CREDIT_SIZE_MAX: usize = 1 << 30;
 const RETRY_AFTER_MS: u32 = 20;
 
-type Answer = Result<(Body, Vec<Batch>), wire::Error>;
+/// What a write to a partition costs beside its bytes, in bytes.
+const REQUEST_OVERHEAD_SIZE: usize = 512;
+/// Other requests and answers without batches are only counted beyond this size, in bytes.
+const SMALL_SIZE_MAX: usize = 4 << 10;
+/// The size of a decoded request is at most this many times its size on the wire.
+const DECODED_FACTOR: usize = 8;
+
+type Answer = Result<Reply, wire::Error>;
+
+struct Reply {
+    body: Body,
+    batches: Vec<Batch>,
+    /// Where it was taken already.
+    paid: Option<Paid>,
+}
+
+impl Reply {
+    fn plain(body: Body) -> Self {
+        Self { body, batches: Vec::new(), paid: None }
+    }
+}
+
+/// Room and credit for one answer.
+struct Paid {
+    room: Option<Room>,
+    credit: Option<OwnedSemaphorePermit>,
+}
 
 /// The requests of one session.
 pub(super) struct Requests {
@@ -34,8 +60,7 @@ struct Shared {
     session: Session,
     answers: mpsc::Sender<Outgoing>,
     outstanding: Arc<Semaphore>,
-    received: Arc<Semaphore>,
-    sending: Arc<Semaphore>,
+    share: Share,
     credit: Option<Credit>,
     ended: watch::Sender<bool>,
 }
@@ -48,7 +73,7 @@ impl Drop for Requests {
 
 // How many bytes of answers the client is ready for.
 struct Credit {
-    available: Semaphore,
+    available: Arc<Semaphore>,
     // A larger answer goes out when all of this is there, or it never would.
     window: usize,
 }
@@ -63,19 +88,19 @@ impl Requests {
     /// For a client that gave `credit_bytes` of credit; 0 stands for no such limit.
     pub(super) fn new(
         broker: Arc<Broker>,
+        budget: Arc<Budget>,
         session: Session,
         credit_bytes: u64,
         answers: mpsc::Sender<Outgoing>,
     ) -> Self {
         let window = usize::try_from(credit_bytes).unwrap_or(CREDIT_SIZE_MAX).min(CREDIT_SIZE_MAX);
-        let credit = (window > 0).then(|| Credit { available: Semaphore::new(window), window });
+        let credit = (window > 0).then(|| Credit { available: Arc::new(Semaphore::new(window)), window });
         let shared = Shared {
             broker,
             session,
             answers,
             outstanding: Arc::new(Semaphore::new(limits::CONNECTION_REQUEST_COUNT_MAX)),
-            received: Arc::new(Semaphore::new(RECEIVED_SIZE_MAX)),
-            sending: Arc::new(Semaphore::new(SENDING_SIZE_MAX)),
+            share: Share::new(budget),
             credit,
             ended: watch::Sender::new(false),
         };
@@ -89,8 +114,10 @@ impl Requests {
 
     /// Takes one request in. Writes to a partition are in line when this returns; everything
     /// else runs beside the session. False: the client is gone.
-    pub(super) async fn take(&self, request_id: u64, request: Body, body: Bytes) -> bool {
+    pub(super) async fn take(&self, received: Received) -> bool {
         let shared = &self.shared;
+        let Received { frame: wire::Frame { request_id, body: request }, body, size, memory } = received;
+        let Some(request) = request else { return true };
         shared.broker.metrics.requests.inc();
         match request {
             Body::Ping(_) => return self.send(request_id, Body::Pong(wire::Pong {})).await,
@@ -108,18 +135,29 @@ impl Requests {
         };
         let ticket = Ticket { request_id, outstanding };
         match request {
-            Body::Produce(request) => return shared.clone().take_produce(ticket, request, body).await,
+            Body::Produce(request) => {
+                let received = shared.share.received(size + REQUEST_OVERHEAD_SIZE).await;
+                drop(memory);
+                return shared.clone().take_produce(ticket, request, body, received).await;
+            }
             _ if !body.is_empty() => {
                 let refused = invalid("body", "only Produce comes with a batch");
                 return shared.answer(ticket, Err(refused)).await;
             }
             _ => {}
         }
+        let decoded_size = if size > SMALL_SIZE_MAX { request.encoded_len() * DECODED_FACTOR } else { 0 };
+        let received = if decoded_size > 0 { shared.share.received(decoded_size).await } else { None };
+        drop(memory);
         let shared = shared.clone();
         tokio::spawn(async move {
             let mut ended = shared.ended.subscribe();
             tokio::select! {
-                () = async { shared.answer(ticket, shared.handle(request).await).await; } => {}
+                () = async {
+                    let answer = shared.handle(request).await;
+                    drop(received);
+                    shared.answer(ticket, answer).await;
+                } => {}
                 // Long-polls do not outlive their session.
                 _ = ended.wait_for(|ended| *ended) => {}
             }
@@ -137,20 +175,27 @@ impl Shared {
         }
     }
 
-    async fn take_produce(self: Arc<Self>, ticket: Ticket, request: wire::Produce, body: Bytes) -> bool {
-        let size = u32::try_from(body.len()).unwrap_or(u32::MAX).min(RECEIVED_SIZE_MAX as u32);
-        self.broker.metrics.received_size.inc_by(u64::from(size));
-        let Ok(received) = self.received.clone().acquire_many_owned(size).await else { return false };
+    async fn take_produce(
+        self: Arc<Self>,
+        ticket: Ticket,
+        request: wire::Produce,
+        body: Bytes,
+        received: Option<Room>,
+    ) -> bool {
+        self.broker.metrics.received_size.inc_by(body.len() as u64);
         match self.submit(request, body) {
             Ok(submitted) => {
                 tokio::spawn(async move {
-                    let answer = submitted.outcome().await.map(|produced| (Body::Produced(produced), Vec::new()));
+                    let answer = submitted.outcome().await.map(|produced| Reply::plain(Body::Produced(produced)));
                     drop(received);
                     self.answer(ticket, answer).await;
                 });
                 true
             }
-            Err(refused) => self.answer(ticket, Err(refused)).await,
+            Err(refused) => {
+                drop(received);
+                self.answer(ticket, Err(refused)).await
+            }
         }
     }
 
@@ -172,34 +217,34 @@ impl Shared {
     }
 
     async fn handle(&self, request: Body) -> Answer {
-        let plain = |body: Body| (body, Vec::new());
         match request {
             Body::Fetch(request) => self.fetch(request).await,
             Body::Work(request) => self.work(request).await,
             Body::ListOffsets(request) => {
                 authorize(&self.session, Verb::Subscribe, &request.topic)?;
                 let partition = self.broker.partition(&self.session, &request.topic, request.partition)?;
-                partition.list_offsets(request).await.map(Body::OffsetsListed).map(plain)
+                partition.list_offsets(request).await.map(Body::OffsetsListed).map(Reply::plain)
             }
             Body::Ack(request) => {
                 authorize(&self.session, Verb::Subscribe, &request.topic)?;
                 let partition = self.broker.partition(&self.session, &request.topic, request.partition)?;
-                partition.ack(request).await.map(Body::Settled).map(plain)
+                partition.ack(request).await.map(Body::Settled).map(Reply::plain)
             }
             Body::Nack(request) => {
                 authorize(&self.session, Verb::Subscribe, &request.topic)?;
                 let partition = self.broker.partition(&self.session, &request.topic, request.partition)?;
-                partition.nack(request).await.map(Body::Settled).map(plain)
+                partition.nack(request).await.map(Body::Settled).map(Reply::plain)
             }
             Body::Renew(request) => {
                 authorize(&self.session, Verb::Subscribe, &request.topic)?;
                 let partition = self.broker.partition(&self.session, &request.topic, request.partition)?;
-                partition.renew(request).await.map(Body::Settled).map(plain)
+                partition.renew(request).await.map(Body::Settled).map(Reply::plain)
             }
             Body::DescribeTopic(request) => {
                 authorize_describe(&self.session, &request.topic)?;
                 let topic = self.broker.topic(&self.session, &request.topic)?;
-                Ok(plain(Body::TopicDescription(self.broker.describe(&topic))))
+                drop(self.share.turn().await);
+                Ok(Reply::plain(Body::TopicDescription(self.broker.describe(&topic))))
             }
             _ => Err(invalid("body", "a client does not send this")),
         }
@@ -208,18 +253,57 @@ impl Shared {
     async fn fetch(&self, request: wire::Fetch) -> Answer {
         authorize(&self.session, Verb::Subscribe, &request.topic)?;
         let partition = self.broker.partition(&self.session, &request.topic, request.partition)?;
-        let (fetched, batches) = partition.fetch(request.clone()).await?;
-        if self.has_room(size_of(&batches)) {
-            return Ok((Body::Fetched(fetched), batches));
+        if self.share.try_turn().is_none() {
+            // Another answer waits for room: this one is not even read before its turn.
+            let turn = self.share.turn().await;
+            let now = wire::Fetch { wait_ms: 0, ..self.sized(&request) };
+            let (fetched, batches) = partition.fetch(now).await?;
+            if !batches.is_empty() || request.wait_ms == 0 {
+                return self.pay_for(&turn, &partition, &request, fetched, batches).await;
+            }
         }
-        // What waits for room or credit must not hold memory meanwhile: it is read again when
-        // there is some.
-        let size = size_of(&batches);
+        let (fetched, batches) = partition.fetch(self.sized(&request)).await?;
+        if batches.is_empty() {
+            return Ok(Reply::plain(Body::Fetched(fetched)));
+        }
+        if let Some(turn) = self.share.try_turn() {
+            return self.pay_for(&turn, &partition, &request, fetched, batches).await;
+        }
         drop(batches);
-        self.wait_for_room(size).await;
-        let again = wire::Fetch { wait_ms: 0, bytes_max: size as u32, ..request };
+        let turn = self.share.turn().await;
+        let now = wire::Fetch { wait_ms: 0, ..self.sized(&request) };
+        let (fetched, batches) = partition.fetch(now).await?;
+        self.pay_for(&turn, &partition, &request, fetched, batches).await
+    }
+
+    // No larger than what there may be room for.
+    fn sized(&self, request: &wire::Fetch) -> wire::Fetch {
+        let size = match request.bytes_max as usize {
+            0 => limits::FETCH_SIZE_MAX,
+            size => size,
+        };
+        wire::Fetch { bytes_max: size.min(self.share.answer_size_max()) as u32, ..request.clone() }
+    }
+
+    // What waits for room or credit must not hold memory meanwhile: it is read again when there is
+    // some.
+    async fn pay_for(
+        &self,
+        turn: &Turn<'_>,
+        partition: &Partition,
+        request: &wire::Fetch,
+        fetched: wire::Fetched,
+        batches: Vec<Batch>,
+    ) -> Answer {
+        let (size, memory_size) = (size_of(&batches), memory_size_of(&batches));
+        if let Some(paid) = self.try_pay(turn, size, memory_size) {
+            return Ok(Reply { body: Body::Fetched(fetched), batches, paid: Some(paid) });
+        }
+        drop(batches);
+        let paid = self.pay(turn, size, memory_size).await;
+        let again = wire::Fetch { wait_ms: 0, bytes_max: size as u32, ..request.clone() };
         let (fetched, batches) = partition.fetch(again).await?;
-        Ok((Body::Fetched(fetched), batches))
+        Ok(Reply { body: Body::Fetched(fetched), batches, paid: Some(paid) })
     }
 
     async fn work(&self, request: wire::Work) -> Answer {
@@ -232,8 +316,10 @@ impl Shared {
             let registration = self.broker.operators.admit(&self.session, &request.operator_id)?;
             Some(Operator { id: registration.operator_id, version: registration.version })
         };
+        // A client that does not read gets no more jobs.
+        drop(self.share.turn().await);
         let (leased, batches) = partition.work(request, operator).await?;
-        Ok((Body::Leased(leased), batches))
+        Ok(Reply { body: Body::Leased(leased), batches, paid: None })
     }
 
     fn add_credit(&self, bytes: u64) {
@@ -243,38 +329,30 @@ impl Shared {
         }
     }
 
-    fn has_room(&self, size: usize) -> bool {
-        let has_credit =
-            self.credit.as_ref().is_none_or(|credit| credit.available.available_permits() >= size.min(credit.window));
-        has_credit && self.sending.available_permits() >= size.min(SENDING_SIZE_MAX)
+    fn try_pay(&self, turn: &Turn<'_>, size: usize, memory_size: usize) -> Option<Paid> {
+        let credit = match &self.credit {
+            Some(credit) => Some(credit.available.clone().try_acquire_many_owned(size.min(credit.window) as u32).ok()?),
+            None => None,
+        };
+        Some(Paid { room: Some(self.share.try_room(turn, memory_size)?), credit })
     }
 
-    async fn wait_for_room(&self, size: usize) {
-        // Permits are given back at once: others may be faster, and then this answer waits in
-        // `answer`, where as many as the sending limit allows may be held.
-        if let Some(credit) = &self.credit {
-            drop(credit.available.acquire_many(size.min(credit.window) as u32).await);
-        }
-        drop(self.sending.acquire_many(size.min(SENDING_SIZE_MAX) as u32).await);
+    // Waits for `size` bytes of credit, then for room in memory.
+    async fn pay(&self, turn: &Turn<'_>, size: usize, memory_size: usize) -> Paid {
+        let credit = match &self.credit {
+            Some(credit) => credit.available.clone().acquire_many_owned(size.min(credit.window) as u32).await.ok(),
+            None => None,
+        };
+        Paid { room: self.share.room(turn, memory_size).await, credit }
     }
 
     // Sends an answer, when there is credit and room for its batches. False: the client is gone.
     async fn answer(&self, ticket: Ticket, answer: Answer) -> bool {
-        let (body, batches) = answer.unwrap_or_else(|refused| {
+        let Reply { body, batches, paid } = answer.unwrap_or_else(|refused| {
             self.broker.metrics.refused(refused.code());
-            (Body::Error(refused), Vec::new())
+            Reply::plain(Body::Error(refused))
         });
         let size = size_of(&batches);
-        let mut sending = None;
-        if size > 0 {
-            if let Some(credit) = &self.credit {
-                let Ok(spent) = credit.available.acquire_many(size.min(credit.window) as u32).await else {
-                    return false;
-                };
-                spent.forget();
-            }
-            sending = self.sending.clone().acquire_many_owned(size.min(SENDING_SIZE_MAX) as u32).await.ok();
-        }
         let frame = wire::Frame { request_id: ticket.request_id, body: Some(body) };
         let head = match encode_frame(&frame, size) {
             Ok(head) => head,
@@ -283,10 +361,29 @@ impl Shared {
                 return self.send_small(ticket.request_id, Body::Error(refused)).await;
             }
         };
-        self.answers.send(Outgoing::new(head, batches, [sending, Some(ticket.outstanding)])).await.is_ok()
+        drop(frame);
+        let paid = match paid {
+            Some(paid) => paid,
+            None if size > 0 || head.len() > SMALL_SIZE_MAX => {
+                let turn = self.share.turn().await;
+                self.pay(&turn, size, memory_size_of(&batches) + head.len()).await
+            }
+            None => Paid { room: None, credit: None },
+        };
+        if let Some(mut credit) = paid.credit {
+            // Less may have been there when it was read again.
+            let surplus = credit.num_permits().saturating_sub(size);
+            drop(credit.split(surplus));
+            credit.forget();
+        }
+        self.answers.send(Outgoing::new(head, batches, (paid.room, Some(ticket.outstanding)))).await.is_ok()
     }
 }
 
 fn size_of(batches: &[Batch]) -> usize {
     batches.iter().map(|batch| batch.header.batch_size()).sum()
+}
+
+fn memory_size_of(batches: &[Batch]) -> usize {
+    size_of(batches) + size_of_val(batches)
 }

@@ -1,5 +1,6 @@
 //! Whole nodes in this process: real ports, real disks, raw frames.
 
+mod greedy;
 mod one_node;
 mod support;
 mod three_nodes;

@@ -1,0 +1,72 @@
+//! Clients that take the memory of a node and give nothing back do not stop the others.
+
+use arqon_proto::{limits, wire};
+use tokio::time::{Instant, timeout};
+use wire::frame::Body;
+
+use crate::support::{Client, Cluster, PATIENCE, batch, fetch_from};
+
+/// Forty clients ask for far more than all of them together may have, and read nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn deaf_readers_do_not_stop_others() {
+    let cluster = Cluster::start(1).await;
+    cluster.create(0, "events", 1).await.unwrap();
+    let mut client = cluster.connect(0, &cluster.admin()).await;
+    let payload = "x".repeat(limits::PAYLOAD_SIZE_MAX);
+    for _ in 0..8 {
+        client.produce("events", 0, batch(&[&payload])).await.unwrap();
+    }
+    let mut deaf = Vec::new();
+    for _ in 0..40 {
+        let mut greedy = cluster.connect(0, &cluster.admin()).await;
+        for _ in 0..20 {
+            greedy.send(Body::Fetch(fetch_from("events", 0)), &[]).await;
+        }
+        deaf.push(greedy);
+    }
+    client.produce("events", 0, batch(&["small"])).await.unwrap();
+    for offset in 0..8 {
+        let fetch = client.fetch(fetch_from("events", offset));
+        let fetched = timeout(PATIENCE, fetch).await.expect("an answer beside the deaf").unwrap();
+        assert_eq!(fetched[0].len(), payload.len());
+    }
+    // One of them reads after all: nothing of what it asked for is lost.
+    let mut late = deaf.pop().unwrap();
+    for _ in 0..20 {
+        let (_, fetched) = late.receive().await.unwrap();
+        assert!(!crate::support::payloads(fetched.unwrap().1).is_empty());
+    }
+    drop((deaf, client, late));
+    cluster.shutdown().await;
+}
+
+/// Clients that begin the largest frames and stop: small requests go on, large ones wait until
+/// those that stall have been dropped.
+#[tokio::test(flavor = "multi_thread")]
+async fn half_frames_do_not_stop_others() {
+    let cluster = Cluster::start(1).await;
+    cluster.create(0, "events", 1).await.unwrap();
+    let mut client = cluster.connect(0, &cluster.admin()).await;
+    let mut stuck = Vec::new();
+    for _ in 0..=limits::PARTIAL_FRAMES_TOTAL_MAX / limits::FRAME_SIZE_MAX {
+        let mut half: Client = cluster.connect(0, &cluster.admin()).await;
+        half.send_bytes(&(limits::FRAME_SIZE_MAX as u32 - 4).to_le_bytes()).await;
+        half.send_bytes(&[0; 1_000]).await;
+        stuck.push(half);
+    }
+    let begin = Instant::now();
+    for text in ["a", "b", "c"] {
+        client.produce("events", 0, batch(&[text])).await.unwrap();
+    }
+    assert_eq!(client.fetch(fetch_from("events", 0)).await.unwrap(), ["a", "b", "c"]);
+    let large = "x".repeat(limits::PAYLOAD_SIZE_MAX);
+    client.produce("events", 0, batch(&[&large])).await.unwrap();
+    let (_, refused) = stuck[0].receive().await.unwrap();
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.field, "frame", "{refused:?}");
+    assert!(refused.message.contains("did not come in time"), "{}", refused.message);
+    assert!(stuck[0].receive().await.is_none(), "closed");
+    assert!(begin.elapsed() < PATIENCE);
+    drop((stuck, client));
+    cluster.shutdown().await;
+}
