@@ -169,12 +169,19 @@ pub struct Received {
     /// Per partition: the index read last.
     last: Vec<Option<u64>>,
     count: u64,
+    is_ordered: bool,
 }
 
 impl Received {
-    /// Of messages 0 to `count`.
+    /// Of messages 0 to `count`, in the order of their partition.
     pub fn new(count: u64) -> Self {
-        Self { seen: vec![false; count as usize], last: Vec::new(), count: 0 }
+        Self { seen: vec![false; count as usize], last: Vec::new(), count: 0, is_ordered: true }
+    }
+
+    /// Of messages 0 to `count`, as they come: a queue promises each once, but no order to
+    /// workers that ask for several parts at a time.
+    pub fn in_any_order(count: u64) -> Self {
+        Self { is_ordered: false, ..Self::new(count) }
     }
 
     /// Messages so far.
@@ -216,6 +223,7 @@ impl Received {
         }
         if let Some(last) = self.last[partition].replace(index)
             && last > index
+            && self.is_ordered
         {
             return Err(format!("{}: message {index} comes after {last}", place()));
         }

@@ -267,7 +267,7 @@ pub async fn queue(
     let options = WorkerOptions { group, parallelism: setting.window, ..WorkerOptions::default() };
     let mut worker = client.worker(topic, options).await.map_err(text)?;
     let mut latencies = Latencies::new();
-    let mut received = Received::new(count);
+    let mut received = Received::in_any_order(count);
     let mut acks = FuturesUnordered::new();
     let mut confirmed = 0;
     let begin = Instant::now();

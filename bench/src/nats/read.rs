@@ -172,7 +172,7 @@ pub fn queue(
     let mut pull = Pull::new(&connection, stream, &consumer, window);
     let confirmation = format!("{}.a.", connection.inbox()).into_bytes();
     let mut latencies = Latencies::new();
-    let mut received = Received::new(count);
+    let mut received = Received::in_any_order(count);
     let mut acked_at: Vec<Option<Instant>> = vec![None; count as usize];
     let (mut sent, mut confirmed) = (0u64, 0u64);
     let begin = Instant::now();
