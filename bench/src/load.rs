@@ -1,6 +1,7 @@
 //! The clients: each function is one round of one case, and gives what it measured.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -11,6 +12,7 @@ use std::{
 use arqon_sdk::{
     Client, Consumer, ConsumerOptions, Delivery, Durability, From, NewEvent, Producer, ProducerOptions, Receipt,
 };
+use futures_util::FutureExt;
 use hdrhistogram::Histogram;
 use tokio::{
     sync::mpsc,
@@ -23,6 +25,8 @@ use crate::payload::Payloads;
 const ROUND_SIZE_MAX: u64 = 1 << 30;
 /// Time without any message after which a reading round has failed.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// A publisher looks for acknowledgements after so many messages.
+const LOOK_COUNT: u64 = 64;
 /// A sender that is later than this has been held up, and the hold-up counts as latency.
 pub const LATE_MAX: Duration = Duration::from_millis(2);
 
@@ -93,45 +97,74 @@ pub fn promised(receipt: &Receipt) -> Result<(), String> {
     }
 }
 
-/// Publishes with `pace.window` messages in flight; the latency is that of the acknowledgement.
+/// What a publisher does in one round.
+#[derive(Clone)]
+pub struct Publish<'a> {
+    /// Payloads.
+    pub payloads: &'a Payloads,
+    /// How the producer batches.
+    pub options: ProducerOptions,
+    /// Messages without an acknowledgement, at most.
+    pub window: usize,
+    /// Length of the round.
+    pub time: Duration,
+    /// Most messages.
+    pub count_max: u64,
+}
+
+impl<'a> Publish<'a> {
+    /// At `pace`, up to what a round may write.
+    pub fn at(pace: Pace, payloads: &'a Payloads, size: usize) -> Self {
+        let options = ProducerOptions { linger: pace.linger, ..ProducerOptions::default() };
+        Self { payloads, options, window: pace.window, time: pace.time, count_max: ROUND_SIZE_MAX / size as u64 }
+    }
+}
+
+/// Publishes with `work.window` messages in flight; the latency is that of the acknowledgement.
 ///
 /// # Errors
-/// The first message that was not acknowledged.
-pub async fn publish(
-    client: &Client,
-    topic: &str,
-    payloads: &Arc<Payloads>,
-    size: usize,
-    pace: Pace,
-) -> Result<Measured, String> {
-    let producer = producer(client, topic, pace.linger).await?;
-    let (sender, mut sent) = mpsc::channel::<(Instant, Delivery)>(pace.window);
-    let acks = tokio::spawn(async move {
-        let mut latencies = Latencies::new();
-        let mut count = 0;
-        while let Some((begin, delivery)) = sent.recv().await {
-            acknowledged(delivery).await?;
-            latencies.record(begin.elapsed());
-            count += 1;
-        }
-        Ok::<_, String>((count, latencies))
-    });
+/// A message that was not acknowledged by a majority's disks.
+pub async fn publish(client: &Client, topic: &str, work: &Publish<'_>) -> Result<Measured, String> {
+    let producer = client.producer(topic, work.options.clone()).await.map_err(|error| error.to_string())?;
+    let mut latencies = Latencies::new();
+    let mut waiting: VecDeque<(Instant, Delivery)> = VecDeque::with_capacity(work.window);
     let begin = Instant::now();
-    let count_max = ROUND_SIZE_MAX / size as u64;
-    for index in 0..count_max {
+    let mut index = 0;
+    while index < work.count_max {
         let now = Instant::now();
-        if now - begin >= pace.time {
+        if now - begin >= work.time {
             break;
         }
-        let delivery = producer.send(NewEvent::new(payloads.make(index))).await.map_err(|error| error.to_string())?;
-        if sender.send((now, delivery)).await.is_err() {
-            // The other end tells what failed.
-            break;
+        let event = NewEvent::new(work.payloads.make(index));
+        let delivery = producer.send(event).await.map_err(|error| error.to_string())?;
+        waiting.push_back((now, delivery));
+        index += 1;
+        if waiting.len() >= work.window
+            && let Some((sent_at, delivery)) = waiting.pop_front()
+        {
+            acknowledged(delivery).await?;
+            latencies.record(sent_at.elapsed());
+        }
+        if index % LOOK_COUNT == 0 {
+            take_ready(&mut waiting, &mut latencies)?;
         }
     }
-    drop(sender);
-    let (count, latencies) = acks.await.map_err(|error| error.to_string())??;
-    Ok(latencies.measured(count, begin.elapsed().as_secs_f64()))
+    for (sent_at, delivery) in waiting {
+        acknowledged(delivery).await?;
+        latencies.record(sent_at.elapsed());
+    }
+    Ok(latencies.measured(index, begin.elapsed().as_secs_f64()))
+}
+
+/// The acknowledgements that are there already.
+fn take_ready(waiting: &mut VecDeque<(Instant, Delivery)>, latencies: &mut Latencies) -> Result<(), String> {
+    while let Some((sent_at, delivery)) = waiting.front_mut() {
+        let Some(outcome) = delivery.now_or_never() else { break };
+        promised(&outcome.map_err(|error| format!("publish: {error}"))?)?;
+        latencies.record(sent_at.elapsed());
+        waiting.pop_front();
+    }
+    Ok(())
 }
 
 /// Publishes one message after the other, each acknowledged before the next.
@@ -232,14 +265,24 @@ impl Received {
     }
 }
 
-/// Reads the `count` messages of a topic from the start and checks every byte.
+/// Reads the `count` messages of a topic from the start and checks every byte. A fetch asks for
+/// `bytes_max` bytes; 0 for what the client chooses.
 ///
 /// # Errors
 /// A message that is missing, changed, doubled or out of order.
-pub async fn fetch(client: &Client, topic: &str, payloads: &Payloads, count: u64) -> Result<Measured, String> {
+pub async fn fetch(
+    client: &Client,
+    topic: &str,
+    payloads: &Payloads,
+    count: u64,
+    bytes_max: u32,
+) -> Result<Measured, String> {
     let mut received = Received::new(count);
     let begin = Instant::now();
-    let mut consumer = consumer(client, topic, From::Earliest, true).await?;
+    let default = ConsumerOptions::default();
+    let bytes_max = if bytes_max == 0 { default.bytes_max } else { bytes_max };
+    let options = ConsumerOptions { from: From::Earliest, stop_at_end: true, bytes_max, ..default };
+    let mut consumer = client.consumer(topic, options).await.map_err(|error| error.to_string())?;
     while let Some(event) = consumer.next().await.map_err(|error| format!("fetch: {error}"))? {
         received.take(payloads, &event)?;
     }

@@ -12,7 +12,7 @@ use arqon_sdk::{Client, Options};
 use crate::{
     cpu,
     disk::Gauge,
-    load::{self, Measured, Pace},
+    load::{self, Measured, Pace, Publish},
     payload::{self, Payloads},
     report::{Case, Report, Round},
 };
@@ -154,7 +154,8 @@ impl<'a> Bench<'a> {
     async fn warm_up(&self) -> Result<(), String> {
         let warm = Arc::new(Payloads::new(self.args.seed, 1024));
         let pace = Pace { time: WARM_UP_TIME, ..self.pace };
-        let publish = async |topic: &str| load::publish(&self.client, topic, &warm, 1024, pace).await;
+        let work = Publish::at(pace, &warm, 1024);
+        let publish = async |topic: &str| load::publish(&self.client, topic, &work).await;
         self.with_topic("warm-up", publish).await.map(|_| ())
     }
 
@@ -163,11 +164,12 @@ impl<'a> Bench<'a> {
         let (mut publish, mut fetch, mut single, mut consume) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for round in 0..self.args.rounds {
             let name = |case: &str| format!("{case}-{size}-{round}");
+            let work = Publish::at(self.pace, &payloads, size);
             let (written, read) = self
                 .with_topic(&name("publish"), async |topic: &str| {
-                    let written = self.measured(load::publish(&self.client, topic, &payloads, size, self.pace)).await?;
+                    let written = self.measured(load::publish(&self.client, topic, &work)).await?;
                     let count = written.measured.messages;
-                    let read = self.measured(load::fetch(&self.client, topic, &payloads, count)).await?;
+                    let read = self.measured(load::fetch(&self.client, topic, &payloads, count, 0)).await?;
                     Ok((written, read))
                 })
                 .await?;

@@ -14,7 +14,7 @@ use prost::Message;
 use crate::{DecodeError, limits};
 
 /// Bytes before the header.
-pub const FRAME_PREFIX_SIZE: usize = 8;
+const FRAME_PREFIX_SIZE: usize = 8;
 
 /// Size of the whole frame that starts with `prefix` (at least 4 bytes), once known.
 ///

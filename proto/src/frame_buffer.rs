@@ -14,8 +14,6 @@ use crate::{DecodeError, frame_size};
 
 /// Room of a fresh connection in bytes; a busy one gets more.
 const ROOM_SIZE_MIN: usize = 4 << 10;
-/// Room of a busy connection, and up to where frames are copied out.
-const ROOM_SIZE_MAX: usize = 64 << 10;
 
 /// Received bytes that are not frames yet.
 ///
@@ -49,6 +47,10 @@ impl Default for FrameBuffer {
 }
 
 impl FrameBuffer {
+    /// Frames up to this size, in bytes, are copied out of the room of a busy connection, which has
+    /// the same size; larger ones get memory of their own when their first bytes are there.
+    pub const SMALL_SIZE_MAX: usize = 64 << 10;
+
     /// The next whole frame. `None` when more bytes must come first, into [`Self::room`].
     ///
     /// # Errors
@@ -69,7 +71,7 @@ impl FrameBuffer {
             self.front.advance(size);
             return Ok(Some(frame));
         }
-        if size > ROOM_SIZE_MAX {
+        if size > Self::SMALL_SIZE_MAX {
             let mut bytes = BytesMut::with_capacity(size);
             bytes.put_slice(&self.front);
             self.front.clear();
@@ -86,7 +88,7 @@ impl FrameBuffer {
         }
         // A connection that fills its room has more to say.
         if self.front.len() >= self.room_size / 2 {
-            self.room_size = (self.room_size * 4).min(ROOM_SIZE_MAX);
+            self.room_size = (self.room_size * 4).min(Self::SMALL_SIZE_MAX);
         }
         let missing = self.room_size.max(self.front.len() + ROOM_SIZE_MIN) - self.front.len();
         self.front.reserve(missing);

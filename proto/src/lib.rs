@@ -31,7 +31,7 @@ pub mod wire;
 
 pub use batch::{BATCH_HEADER_SIZE, Batch, BatchKind, Compression, FORMAT_VERSION, Header, chain_start};
 pub use error::{DecodeError, code_name};
-pub use frame::{FRAME_PREFIX_SIZE, decode_frame, encode_frame, frame_size};
+pub use frame::{decode_frame, encode_frame, frame_size};
 pub use frame_buffer::FrameBuffer;
 pub use gather::Gather;
 pub use ids::{GroupId, NodeId, Offset, PartitionId, RaftIndex, ReplicaId, Term};

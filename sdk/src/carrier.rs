@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use arqon_proto::{FRAME_PREFIX_SIZE, decode_frame, encode_frame, frame_size, limits, wire};
+use arqon_proto::{FrameBuffer, decode_frame, encode_frame, limits, wire};
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{
     SinkExt, StreamExt,
@@ -33,7 +33,6 @@ use crate::{
     stream::{Reader, Stream, Writer, is_tls_alert, open, open_halves},
 };
 
-const READ_SIZE: usize = 64 << 10;
 const SLICE_COUNT_MAX: usize = 64;
 const SUBPROTOCOL: &str = "arqonbus.v1";
 
@@ -41,7 +40,7 @@ type Socket = WebSocketStream<Box<dyn Stream>>;
 
 /// The receiving half of a connection.
 pub(crate) enum FrameReader {
-    Tcp(Reader, BytesMut),
+    Tcp(Reader, FrameBuffer),
     WebSocket(SplitStream<Socket>),
 }
 
@@ -56,13 +55,10 @@ impl FrameReader {
     pub(crate) async fn next(&mut self) -> Result<Bytes, String> {
         match self {
             Self::Tcp(stream, buffer) => loop {
-                let missing = match frame_size(buffer).map_err(|error| error.to_string())? {
-                    Some(size) if buffer.len() >= size => return Ok(buffer.split_to(size).freeze()),
-                    Some(size) => size - buffer.len(),
-                    None => FRAME_PREFIX_SIZE,
-                };
-                buffer.reserve(missing.max(READ_SIZE));
-                if stream.read_buf(buffer).await.map_err(|error| error.to_string())? == 0 {
+                if let Some(frame) = buffer.next(limits::FRAME_SIZE_MAX).map_err(|error| error.to_string())? {
+                    return Ok(frame);
+                }
+                if stream.read_buf(&mut buffer.room()).await.map_err(|error| error.to_string())? == 0 {
                     return Err("the server closed it".to_owned());
                 }
             },
@@ -84,7 +80,7 @@ impl FrameReader {
     // Why the handshake got no answer.
     fn explain(&self, reason: String) -> String {
         match self {
-            Self::Tcp(_, received) if is_tls_alert(received) => {
+            Self::Tcp(_, received) if is_tls_alert(received.pending()) => {
                 "the server expects a TLS handshake, and no CA to trust is given (ca)".to_owned()
             }
             _ => reason,
@@ -188,7 +184,7 @@ pub(crate) async fn dial(
         let (mut reader, mut writer) = match address {
             Address::Tcp(host) => {
                 let (reader, writer) = open_halves(host, tls).await.map_err(unreachable)?;
-                (FrameReader::Tcp(reader, BytesMut::new()), FrameWriter::Tcp(writer, VecDeque::new()))
+                (FrameReader::Tcp(reader, FrameBuffer::default()), FrameWriter::Tcp(writer, VecDeque::new()))
             }
             Address::WebSocket(url) => open_websocket(url, options, tls).await?,
         };

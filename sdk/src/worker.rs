@@ -42,7 +42,8 @@ pub struct WorkerOptions {
     pub worker: String,
     /// The registered operator on whose behalf jobs are taken.
     pub operator_id: Option<String>,
-    /// Jobs held at once.
+    /// Jobs held at once. With more than one, several requests for jobs may be under way, and what
+    /// they bring comes in no particular order.
     pub parallelism: usize,
     /// A job that is not settled nor renewed for this long goes to another worker.
     pub lease: Duration,

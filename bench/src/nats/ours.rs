@@ -1,15 +1,14 @@
 //! This bus: its nodes, its Shield, and its clients through the SDK.
 
 use std::{
-    collections::VecDeque,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
 
 use arqon_jepsen::Cluster;
-use arqon_sdk::{Client, ConsumerOptions, Delivery, From, Job, NewEvent, Options, ProducerOptions, WorkerOptions};
-use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
+use arqon_sdk::{Client, Job, Options, WorkerOptions};
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},
@@ -18,14 +17,12 @@ use tokio::{
 
 use super::cases::Setting;
 use crate::{
-    load::{Latencies, Measured, Received, acknowledged},
+    load::{self, Latencies, Measured, Received},
     payload::Payloads,
 };
 
 /// Time for the Shield to say that it is ready.
 const SHIELD_TIME_MAX: Duration = Duration::from_secs(20);
-/// The client looks for receipts after so many messages.
-const LOOK_COUNT: u64 = 64;
 /// Time without a job after which a round has failed.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
 
@@ -41,20 +38,6 @@ pub struct Ours {
 struct Shield {
     child: Child,
     client: Client,
-}
-
-/// What is published, and how long.
-pub struct Publish<'a> {
-    /// Payloads.
-    pub payloads: &'a Payloads,
-    /// How.
-    pub setting: Setting,
-    /// How long a message may wait for company.
-    pub linger: Duration,
-    /// Length of the round.
-    pub time: Duration,
-    /// Most messages.
-    pub count_max: u64,
 }
 
 fn text(error: impl std::fmt::Display) -> String {
@@ -164,58 +147,6 @@ fn newest_cluster(dir: &Path) -> Result<PathBuf, String> {
     newest.ok_or_else(|| format!("{} holds no cluster", dir.display()))
 }
 
-/// Publishes with `setting.window` messages in flight; the latency is that of the receipt.
-///
-/// # Errors
-/// A message that was not acknowledged by a majority's disks.
-pub async fn publish(client: &Client, topic: &str, work: &Publish<'_>) -> Result<Measured, String> {
-    let options = ProducerOptions {
-        linger: work.linger,
-        batch_size: work.setting.batch_size,
-        buffer_size: 256 << 20,
-        ..ProducerOptions::default()
-    };
-    let producer = client.producer(topic, options).await.map_err(text)?;
-    let mut latencies = Latencies::new();
-    let mut waiting: VecDeque<(Instant, Delivery)> = VecDeque::with_capacity(work.setting.window);
-    let begin = Instant::now();
-    let mut index = 0;
-    while index < work.count_max {
-        let now = Instant::now();
-        if now - begin >= work.time {
-            break;
-        }
-        let delivery = producer.send(NewEvent::new(work.payloads.make(index))).await.map_err(text)?;
-        waiting.push_back((now, delivery));
-        index += 1;
-        if waiting.len() >= work.setting.window
-            && let Some((sent_at, delivery)) = waiting.pop_front()
-        {
-            acknowledged(delivery).await?;
-            latencies.record(sent_at.elapsed());
-        }
-        if index % LOOK_COUNT == 0 {
-            take_ready(&mut waiting, &mut latencies)?;
-        }
-    }
-    for (sent_at, delivery) in waiting {
-        acknowledged(delivery).await?;
-        latencies.record(sent_at.elapsed());
-    }
-    Ok(latencies.measured(index, begin.elapsed().as_secs_f64()))
-}
-
-/// The receipts that are there already.
-fn take_ready(waiting: &mut VecDeque<(Instant, Delivery)>, latencies: &mut Latencies) -> Result<(), String> {
-    while let Some((sent_at, delivery)) = waiting.front_mut() {
-        let Some(outcome) = delivery.now_or_never() else { break };
-        crate::load::promised(&outcome.map_err(|error| format!("publish: {error}"))?)?;
-        latencies.record(sent_at.elapsed());
-        waiting.pop_front();
-    }
-    Ok(())
-}
-
 /// Reads the `count` messages of a topic from the start and checks every byte, again and again
 /// until `time` is over.
 ///
@@ -230,24 +161,13 @@ pub async fn fetch(
     time: Duration,
 ) -> Result<Measured, String> {
     let begin = Instant::now();
-    let (mut messages, mut seconds) = (0, 0.0);
-    while messages == 0 || begin.elapsed() < time {
-        let mut received = Received::new(count);
-        let pass = Instant::now();
-        let bytes_max = setting.batch_size as u32;
-        let options =
-            ConsumerOptions { from: From::Earliest, stop_at_end: true, bytes_max, ..ConsumerOptions::default() };
-        let mut consumer = client.consumer(topic, options).await.map_err(text)?;
-        while let Some(event) = consumer.next().await.map_err(|error| format!("fetch: {error}"))? {
-            received.take(payloads, &event)?;
-        }
-        seconds += pass.elapsed().as_secs_f64();
-        if received.count() != count {
-            return Err(format!("fetch: {} of {count} acknowledged messages were read", received.count()));
-        }
-        messages += count;
+    let mut all = Measured::default();
+    while all.messages == 0 || begin.elapsed() < time {
+        let pass = load::fetch(client, topic, payloads, count, setting.batch_size as u32).await?;
+        all.messages += pass.messages;
+        all.seconds += pass.seconds;
     }
-    Ok(Measured { messages, seconds, ..Measured::default() })
+    Ok(all)
 }
 
 /// Takes jobs for at most `time` and acknowledges each without a result; what counts is what was

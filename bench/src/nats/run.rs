@@ -10,6 +10,7 @@ use std::{
 };
 
 use arqon_jepsen::find_arqon;
+use arqon_sdk::ProducerOptions;
 
 use super::{
     NatsArgs, Plan, Report,
@@ -27,6 +28,8 @@ use crate::{
     payload::Payloads,
 };
 
+/// Bytes that this bus's producer may hold, so that the window is what limits it.
+const BUFFER_SIZE: usize = 256 << 20;
 /// What an acknowledgement of this bus promises; every one is checked.
 const OWN_DURABILITY: &str = "fsync on a majority";
 /// Window of the sender that fills the topics to be read.
@@ -369,9 +372,14 @@ impl<'a> Stage<'a> {
                 load::publish_one_at_a_time(ours.client(false), topic, &turn.payloads, time).await
             }
             Side::Ours(ours) => {
-                let linger = self.args.linger;
-                let work = ours::Publish { payloads: &turn.payloads, setting, linger, time, count_max };
-                ours::publish(ours.client(through_web), topic, &work).await
+                let options = ProducerOptions {
+                    linger: self.args.linger,
+                    batch_size: setting.batch_size,
+                    buffer_size: BUFFER_SIZE,
+                    ..ProducerOptions::default()
+                };
+                let work = load::Publish { payloads: &turn.payloads, options, window: setting.window, time, count_max };
+                load::publish(ours.client(through_web), topic, &work).await
             }
             Side::Nats(servers) => {
                 let (servers, payloads) = (servers.clone(), turn.payloads.clone());

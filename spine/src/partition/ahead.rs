@@ -16,13 +16,11 @@ const PART_COUNT_MAX: usize = 8;
 /// Batches on their way from the disk.
 pub(super) type Reading = JoinHandle<Result<Vec<Batch>, ReadError>>;
 
-/// Where a part begins, and how large it was to be.
+/// Where a part begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub group: GroupId,
     pub offset: Offset,
-    /// In bytes.
-    pub size_max: usize,
 }
 
 /// The parts that a node has read ahead, for all of its partitions.
@@ -32,7 +30,7 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// The part at `place`, if it was read ahead or is being read.
+    /// The part at `place`, if it was read ahead or is being read; of any size.
     pub(super) fn take(&self, place: Place) -> Option<Reading> {
         let mut parts = self.lock();
         let at = parts.iter().position(|(other, _)| *other == place)?;
@@ -54,18 +52,31 @@ impl Ahead {
     }
 }
 
-/// Reads committed batches on a thread that may wait for the disk.
-pub(super) fn read(log: &Log, place: Place, through: RaftIndex) -> Reading {
+/// Reads committed batches from `offset` on, on a thread that may wait for the disk.
+pub(super) fn read(log: &Log, offset: Offset, through: RaftIndex, size_max: usize) -> Reading {
     let log = log.clone();
-    spawn_blocking(move || log.read_data(place.offset, through, place.size_max))
+    spawn_blocking(move || log.read_data(offset, through, size_max))
+}
+
+/// Cuts a part to what is asked for now: about `size_max` bytes, at least one batch.
+pub(super) fn cut(batches: &mut Vec<Batch>, size_max: usize) {
+    let mut size = 0;
+    let fits = |batch: &Batch| {
+        size += batch.header.batch_size();
+        size <= size_max
+    };
+    let count = batches.iter().map(fits).take_while(|fits| *fits).count();
+    batches.truncate(count.max(1));
 }
 
 #[cfg(test)]
 mod tests {
+    use arqon_proto::BatchKind;
+
     use super::*;
 
     fn place(offset: u64) -> Place {
-        Place { group: GroupId(1), offset: Offset(offset), size_max: 1_000 }
+        Place { group: GroupId(1), offset: Offset(offset) }
     }
 
     #[tokio::test]
@@ -76,8 +87,18 @@ mod tests {
         }
         assert!(ahead.take(place(0)).is_none());
         assert!(ahead.take(place(1)).is_some() && ahead.take(place(1)).is_none());
-        assert!(ahead.take(Place { size_max: 999, ..place(2) }).is_none());
         assert!(ahead.take(Place { group: GroupId(2), ..place(2) }).is_none());
         assert!(ahead.take(place(2)).unwrap().await.unwrap().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_part_is_cut_to_what_is_asked_for_and_never_to_nothing() {
+        let batch = Batch::internal(BatchKind::Control, vec![0; 872].into());
+        let size = batch.header.batch_size();
+        for (size_max, count) in [(0, 1), (size, 1), (3 * size - 1, 2), (3 * size, 3), (10 * size, 4)] {
+            let mut batches = vec![batch.clone(); 4];
+            cut(&mut batches, size_max);
+            assert_eq!(batches.len(), count, "{size_max} bytes");
+        }
     }
 }

@@ -106,8 +106,7 @@ impl Replica {
         let batches = if log.is_recent(offset) {
             log.read_data(offset, through, size_max)
         } else {
-            let place = Place { group: self.group.id(), offset, size_max };
-            self.read_from_disk(place, through, readable.next_offset).await?
+            self.read_from_disk(offset, size_max, through, readable.next_offset).await?
         };
         Ok(Some((self.fetched(readable), batches.map_err(|cause| self.read_error(cause))?)))
     }
@@ -115,19 +114,24 @@ impl Replica {
     /// The outer error: the node is stopping.
     async fn read_from_disk(
         &self,
-        place: Place,
+        offset: Offset,
+        size_max: usize,
         through: RaftIndex,
         end: Offset,
     ) -> Result<Result<Vec<Batch>, ReadError>, wire::Error> {
-        let (log, kept) = (self.group.log(), self.services.ahead());
-        let reading = kept.take(place).unwrap_or_else(|| ahead::read(log, place, through));
-        let batches = reading.await.map_err(|_| self.not_leader())?;
-        let next = batches.as_ref().ok().and_then(|batches| Some(batches.last()?.header.next_offset()));
+        let (log, kept, group) = (self.group.log(), self.services.ahead(), self.group.id());
+        let place = Place { group, offset };
+        let reading = kept.take(place).unwrap_or_else(|| ahead::read(log, offset, through, size_max));
+        let mut batches = match reading.await.map_err(|_| self.not_leader())? {
+            Ok(batches) => batches,
+            Err(cause) => return Ok(Err(cause)),
+        };
+        ahead::cut(&mut batches, size_max);
+        let next = batches.last().map(|batch| batch.header.next_offset());
         if let Some(offset) = next.filter(|next| *next < end && !log.is_recent(*next)) {
-            let place = Place { offset, ..place };
-            kept.keep(place, ahead::read(log, place, through));
+            kept.keep(Place { group, offset }, ahead::read(log, offset, through, size_max));
         }
-        Ok(batches)
+        Ok(Ok(batches))
     }
 
     fn fetched(&self, readable: Readable) -> wire::Fetched {

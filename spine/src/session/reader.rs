@@ -13,8 +13,6 @@ use tokio::{
 use super::budget::Budget;
 use crate::error::invalid;
 
-/// Frames up to this size are received without asking for memory, in bytes.
-const SMALL_SIZE_MAX: usize = 64 << 10;
 /// A frame that comes slower than this, in bytes per second, is not waited for.
 const RATE_MIN: u64 = 256 << 10;
 /// A frame may be that late.
@@ -80,7 +78,7 @@ impl FrameReader {
         let mut progress = Progress::begin();
         loop {
             let size = frame_size(self.buffer.pending()).map_err(ReadError::Malformed)?;
-            if let Some(size) = size.filter(|size| (SMALL_SIZE_MAX + 1..=size_max).contains(size))
+            if let Some(size) = size.filter(|size| (FrameBuffer::SMALL_SIZE_MAX + 1..=size_max).contains(size))
                 && memory.is_none()
             {
                 memory = self.budget.frame(size).await;
