@@ -65,7 +65,12 @@ impl Latencies {
 
     /// One more.
     pub fn record(&mut self, latency: Duration) {
-        self.0.saturating_record((latency.as_micros() as u64).max(1));
+        self.record_many(latency, 1);
+    }
+
+    /// `count` more, all the same.
+    pub fn record_many(&mut self, latency: Duration, count: u64) {
+        self.0.saturating_record_n((latency.as_micros() as u64).max(1), count);
     }
 
     /// With `messages` in `seconds`.

@@ -171,7 +171,7 @@ pub async fn fetch(
 }
 
 /// Takes jobs for at most `time` and acknowledges each without a result; what counts is what was
-/// confirmed. The latency is that of the confirmation.
+/// confirmed. The latency is that of the confirmation, of every job in it.
 ///
 /// # Errors
 /// A changed payload, or an acknowledgement that is not confirmed.
@@ -194,15 +194,18 @@ pub async fn queue(
     let mut taking = true;
     while taking || !acks.is_empty() {
         tokio::select! {
-            job = timeout(SILENCE_MAX, worker.next()), if taking => {
-                let job = job.map_err(|_| format!("no job came after {}", received.count()))?.map_err(text)?;
-                let job = job.ok_or("the worker ended before the jobs did")?;
-                received.take(payloads, &job.event)?;
-                acks.push(acknowledge(job));
+            jobs = timeout(SILENCE_MAX, worker.next_many(setting.window)), if taking => {
+                let jobs = jobs.map_err(|_| format!("no job came after {}", received.count()))?.map_err(text)?;
+                let jobs = jobs.ok_or("the worker ended before the jobs did")?;
+                for job in &jobs {
+                    received.take(payloads, &job.event)?;
+                }
+                acks.push(acknowledge(jobs, Instant::now()));
             }
-            Some(latency) = acks.next() => {
-                latencies.record(latency?);
-                confirmed += 1;
+            Some(acknowledged) = acks.next() => {
+                let (count, latency) = acknowledged?;
+                latencies.record_many(latency, count);
+                confirmed += count;
             }
         }
         taking = taking && received.count() < count && begin.elapsed() < time;
@@ -212,8 +215,11 @@ pub async fn queue(
     Ok(latencies.measured(confirmed, seconds))
 }
 
-async fn acknowledge(job: Job) -> Result<Duration, String> {
-    let begin = Instant::now();
-    job.ack().await.map_err(|error| format!("acknowledge {job:?}: {error}"))?;
-    Ok(begin.elapsed())
+/// How many jobs were acknowledged, each confirmed, and how long that took from `begin` on.
+async fn acknowledge(jobs: Vec<Job>, begin: Instant) -> Result<(u64, Duration), String> {
+    let count = jobs.len() as u64;
+    match Job::ack_all(jobs).await.first() {
+        Some((job, error)) => Err(format!("acknowledge {job:?}: {error}")),
+        None => Ok((count, begin.elapsed())),
+    }
 }
