@@ -174,7 +174,7 @@ async fn settle(jobs: &[Job], settlement: Settlement) -> Vec<Result<(), Error>> 
     let outcome = outcome.await.unwrap_or(Err(Error::Closed));
     let of_job = |job: &Job| {
         let outcome = match &outcome {
-            Ok(lost) if lost.contains(&job.grant.reference(job.index)) => Err(Error::LeaseLost),
+            Ok(lost) if lost.contains(job.grant.reference(job.index)) => Err(Error::LeaseLost),
             Ok(_) => Ok(()),
             Err(error) => Err(error.clone()),
         };

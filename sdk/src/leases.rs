@@ -1,7 +1,7 @@
 //! The leases that a worker holds: settled in merged requests, renewed while they live.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU8, Ordering},
@@ -19,7 +19,7 @@ use tokio::{
 use crate::{Client, Error};
 
 /// Leases that are settled or renewed by one request.
-const MERGED_COUNT_MAX: usize = 1_000;
+const MERGED_COUNT_MAX: usize = 10_000;
 /// Requests of one partition that settle leases at the same time; those after them merge.
 const SETTLING_COUNT_MAX: usize = 2;
 
@@ -28,6 +28,20 @@ const SETTLING_COUNT_MAX: usize = 2;
 pub(crate) struct Queue {
     pub(crate) topic: String,
     pub(crate) group: String,
+}
+
+/// Leases that the server says are lost, by offset and attempt.
+#[derive(Debug, Default)]
+pub(crate) struct Lost(HashSet<(u64, u32)>);
+
+impl Lost {
+    fn new(leases: &[LeaseRef]) -> Self {
+        Self(leases.iter().map(|lease| (lease.offset, lease.attempt)).collect())
+    }
+
+    pub(crate) fn contains(&self, lease: LeaseRef) -> bool {
+        !self.0.is_empty() && self.0.contains(&(lease.offset, lease.attempt))
+    }
 }
 
 /// The leases of one answer, from grant to settlement.
@@ -98,8 +112,8 @@ impl Grant {
         self.leases.iter().filter(|held| held.state.load(Ordering::Acquire) == 0).map(|held| held.reference)
     }
 
-    fn lose(&self, lost: &[LeaseRef]) {
-        for held in self.leases.iter().filter(|held| lost.contains(&held.reference)) {
+    fn lose(&self, lost: &Lost) {
+        for held in self.leases.iter().filter(|held| lost.contains(held.reference)) {
             held.state.fetch_or(LOST, Ordering::AcqRel);
         }
         self.lost_now.notify_waiters();
@@ -160,7 +174,10 @@ async fn renew_some(
     let body = Body::Renew(wire::Renew { topic, partition, group, leases });
     match timeout(lease_time, client.request(body, Vec::new())).await {
         Ok(Ok((Body::Settled(settled), _))) if settled.lost.is_empty() => {}
-        Ok(Ok((Body::Settled(settled), _))) => grants.iter().for_each(|grant| grant.lose(&settled.lost)),
+        Ok(Ok((Body::Settled(settled), _))) => {
+            let lost = Lost::new(&settled.lost);
+            grants.iter().for_each(|grant| grant.lose(&lost));
+        }
         Ok(Ok(_)) => tracing::warn!(topic = queue.topic, partition, "a renewal was answered with something else"),
         Ok(Err(error)) => tracing::warn!(topic = queue.topic, partition, %error, "leases could not be renewed"),
         Err(_) => tracing::warn!(topic = queue.topic, partition, "leases could not be renewed in time"),
@@ -179,8 +196,8 @@ pub(crate) struct Settle {
     pub(crate) partition: u32,
     pub(crate) leases: Vec<LeaseRef>,
     pub(crate) settlement: Settlement,
-    /// Is told which leases were lost.
-    pub(crate) reply: Option<oneshot::Sender<Result<Vec<LeaseRef>, Error>>>,
+    /// Is told which leases were lost, these and others.
+    pub(crate) reply: Option<oneshot::Sender<Result<Arc<Lost>, Error>>>,
     /// Whether the places of the jobs, which were dropped, are free when the settlement is through.
     pub(crate) frees_places: bool,
 }
@@ -247,7 +264,7 @@ async fn settle_some(
         Settlement::Nack { delay_ms } => Body::Nack(wire::Nack { topic, partition, group, leases, delay_ms }),
     };
     let outcome = match client.request(body, Vec::new()).await {
-        Ok((Body::Settled(settled), _)) => Ok(settled.lost),
+        Ok((Body::Settled(settled), _)) => Ok(Arc::new(Lost::new(&settled.lost))),
         Ok(_) => Err(Error::unexpected("the leader")),
         Err(error) => Err(error),
     };
@@ -257,10 +274,7 @@ async fn settle_some(
         }
         match (one.reply, &outcome) {
             // Whoever asked may have stopped waiting; the leases are settled all the same.
-            (Some(reply), Ok(lost)) => {
-                let lost = lost.iter().filter(|lost| one.leases.contains(lost)).copied().collect();
-                let _ = reply.send(Ok(lost));
-            }
+            (Some(reply), Ok(lost)) => _ = reply.send(Ok(lost.clone())),
             (Some(reply), Err(error)) => _ = reply.send(Err(error.clone())),
             (None, Ok(_)) => {}
             (None, Err(error)) => {
