@@ -54,13 +54,25 @@ impl LeaseKey {
     /// The token for `claims`.
     #[must_use]
     pub fn sign(&self, claims: &LeaseClaims) -> Bytes {
-        let claims = claims.encode_to_vec();
-        let mac = hmac::sign(&self.key, &claims);
-        let mut out = BytesMut::with_capacity(CLAIMS_AT + claims.len());
-        out.put_u32_le(self.id);
-        out.put_slice(&mac.as_ref()[..MAC_SIZE]);
-        out.put_slice(&claims);
+        let mut out = BytesMut::with_capacity(self.token_size(claims));
+        self.sign_into(claims, &mut out);
         out.freeze()
+    }
+
+    /// Appends the token for `claims` to `out`.
+    pub fn sign_into(&self, claims: &LeaseClaims, out: &mut BytesMut) {
+        let start = out.len();
+        out.put_u32_le(self.id);
+        out.put_bytes(0, MAC_SIZE);
+        claims.encode(out).expect("a growing buffer has room");
+        let (front, claims) = out[start..].split_at_mut(CLAIMS_AT);
+        front[4..].copy_from_slice(&hmac::sign(&self.key, claims).as_ref()[..MAC_SIZE]);
+    }
+
+    /// Size of the token for `claims` in bytes.
+    #[must_use]
+    pub fn token_size(&self, claims: &LeaseClaims) -> usize {
+        CLAIMS_AT + claims.encoded_len()
     }
 
     /// The claims of `token`, if one of `keys` signed it.
@@ -93,6 +105,9 @@ mod tests {
         let keys = [LeaseKey::new(1, &[1; 32]), LeaseKey::new(2, &[2; 32])];
         let claims = LeaseClaims { topic: "a.jobs".into(), offset: 9, attempt: 2, ..Default::default() };
         let token = keys[1].sign(&claims);
+        let mut two = BytesMut::from(&b"one"[..]);
+        keys[1].sign_into(&claims, &mut two);
+        assert_eq!((&two[..3], &two[3..], token.len()), (&b"one"[..], &token[..], keys[1].token_size(&claims)));
         assert_eq!(LeaseKey::verify(&keys, &token), Ok(claims));
         for at in 0..token.len() {
             let mut forged = token.to_vec();

@@ -58,6 +58,26 @@ pub(super) fn read(log: &Log, offset: Offset, through: RaftIndex, size_max: usiz
     spawn_blocking(move || log.read_data(offset, through, size_max))
 }
 
+/// What is at hand, and then batches from `offset` on up to about `size_max` bytes more.
+pub(super) fn read_on(
+    mut at_hand: Vec<Batch>,
+    log: &Log,
+    offset: Offset,
+    through: RaftIndex,
+    size_max: usize,
+) -> Reading {
+    let log = log.clone();
+    spawn_blocking(move || match log.read_data(offset, through, size_max) {
+        Ok(more) => {
+            at_hand.extend(more);
+            Ok(at_hand)
+        }
+        // Whoever gets there will read it again, and tell.
+        Err(_) if !at_hand.is_empty() => Ok(at_hand),
+        Err(cause) => Err(cause),
+    })
+}
+
 /// Cuts a part to what is asked for now: about `size_max` bytes, at least one batch.
 pub(super) fn cut(batches: &mut Vec<Batch>, size_max: usize) {
     let mut size = 0;

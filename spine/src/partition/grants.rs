@@ -11,9 +11,11 @@ use arqon_proto::{
     wire::{self, LeaseClaims, OffsetRange, QueueGrant},
 };
 use arqon_raft::Readable;
+use bytes::BytesMut;
 
 use super::{
     Replica,
+    ahead::{self, Place},
     error::{error, invalid, overloaded},
     queue::{Line, Waiting},
 };
@@ -23,12 +25,17 @@ use crate::state::{Holder, ranges_of};
 const GRANTED_SIZE_MAX: usize = 4 * limits::FETCH_SIZE_MAX;
 /// Read at a time when looking for jobs, in bytes.
 const READ_SIZE: usize = 256 << 10;
+/// What offset and attempt add to the size of a token at most, in bytes.
+const OFFSET_GROWTH: usize = 18;
+
+/// Read ahead of the jobs that come next, in bytes.
+const AHEAD_SIZE_MAX: usize = limits::FETCH_SIZE_MAX;
 
 /// Jobs for one worker.
 pub(super) struct Granted {
     pub leases: Vec<wire::Lease>,
     pub batches: Vec<Batch>,
-    ranges: Vec<OffsetRange>,
+    pub ranges: Vec<OffsetRange>,
 }
 
 impl Granted {
@@ -50,6 +57,10 @@ pub(super) struct Grants<'a> {
     key: Option<LeaseKey>,
     size: usize,
     new_group_count: usize,
+    // Batches at hand, by base offset.
+    read: BTreeMap<u64, Batch>,
+    // Where groups go on next time, and the bytes that they took this time.
+    next: Vec<(u64, usize)>,
 }
 
 /// What of a group's jobs is still to be had in this entry.
@@ -60,8 +71,6 @@ struct Stock {
     next: u64,
     end: u64,
     free_count: usize,
-    // Batches read so far, by base offset.
-    read: BTreeMap<u64, Batch>,
 }
 
 impl Stock {
@@ -81,10 +90,12 @@ impl Stock {
 }
 
 impl<'a> Grants<'a> {
-    pub(super) fn new(replica: &'a Arc<Replica>) -> Self {
+    /// With batches that were read before.
+    pub(super) fn new(replica: &'a Arc<Replica>, at_hand: Vec<Batch>) -> Self {
         let readable = *replica.group.readable().borrow();
         let key = replica.services.lease_keys().last().cloned();
-        Self { replica, readable, key, size: 0, new_group_count: 0 }
+        let read = at_hand.into_iter().map(|batch| (batch.header.base_offset.0, batch)).collect();
+        Self { replica, readable, key, size: 0, new_group_count: 0, read, next: Vec::new() }
     }
 
     /// Serves the line as far as jobs and room go. Those served (or refused) have left it.
@@ -101,6 +112,7 @@ impl<'a> Grants<'a> {
             return std::mem::take(line).into_iter().map(|(ticket, waiting)| (ticket, waiting, Err(full()))).collect();
         };
         let mut out = Vec::new();
+        let size_before = self.size;
         while stock.first().is_some()
             && self.size < GRANTED_SIZE_MAX
             && let Some((ticket, waiting)) = line.pop_first()
@@ -116,7 +128,35 @@ impl<'a> Grants<'a> {
                 break;
             }
         }
+        if self.size > size_before && stock.next < stock.end {
+            self.next.push((stock.next, self.size - size_before));
+        }
         out
+    }
+
+    /// Reads on from where the groups that took jobs left off, while their grants are written.
+    pub(super) fn read_ahead(self) {
+        let (log, Some(through)) = (self.replica.group.log(), self.readable.index) else { return };
+        for (next, size_max) in &self.next {
+            let offset = Offset(*next);
+            if log.is_recent(offset) {
+                continue;
+            }
+            let (mut rest, mut end, mut size) = (Vec::new(), *next, 0);
+            while let Some(batch) = self.at_hand(end) {
+                end = batch.header.next_offset().0;
+                size += batch.header.batch_size();
+                rest.push(batch.clone());
+            }
+            let more = (*size_max).clamp(READ_SIZE, AHEAD_SIZE_MAX).saturating_sub(size);
+            let reading = ahead::read_on(rest, log, Offset(end), through, more);
+            self.replica.services.ahead().keep(Place { group: self.replica.group.id(), offset }, reading);
+        }
+    }
+
+    fn at_hand(&self, offset: u64) -> Option<&Batch> {
+        let (_, batch) = self.read.range(..=offset).next_back()?;
+        (batch.header.next_offset().0 > offset).then_some(batch)
     }
 
     /// The jobs that the group has; `None` when it would be one group too many.
@@ -130,7 +170,6 @@ impl<'a> Grants<'a> {
             next: next.max(log_start),
             end,
             free_count: limits::OUTSTANDING_COUNT_MAX.saturating_sub(outstanding_count),
-            read: BTreeMap::new(),
         };
         match shared.state.queue(group) {
             Some(queue) => {
@@ -163,7 +202,7 @@ impl<'a> Grants<'a> {
         while jobs.len() < job_count_max
             && let Some((offset, attempt)) = stock.first()
         {
-            let batch = match self.read(stock, offset) {
+            let batch = match self.read(offset) {
                 Ok(batch) => batch,
                 // What was found before is good.
                 Err(_) if !jobs.is_empty() => break,
@@ -171,6 +210,11 @@ impl<'a> Grants<'a> {
             };
             let base = batch.header.base_offset.0;
             if !batches.contains_key(&base) {
+                // Half a batch costs the reader and the network as much as a whole one.
+                let left = batch.header.next_offset().0 - offset;
+                if jobs.len() >= job_count_max.div_ceil(2) && left > (job_count_max - jobs.len()) as u64 {
+                    break;
+                }
                 if !batches.is_empty() && size + batch.header.batch_size() > limits::FETCH_SIZE_MAX {
                     break;
                 }
@@ -182,35 +226,35 @@ impl<'a> Grants<'a> {
         }
         self.size += size;
         jobs.sort_unstable();
-        let lease = |&(offset, attempt): &(u64, u32)| wire::Lease {
-            offset,
-            attempt,
-            lease_ms: holder.lease_ms,
-            token: key.sign(&self.claims(group, stock.floor, offset, attempt, &holder)),
+        let mut claims = self.claims(group, stock.floor, &holder);
+        // All tokens of a grant lie in one buffer.
+        let mut tokens = BytesMut::with_capacity(jobs.len() * (key.token_size(&claims) + OFFSET_GROWTH));
+        let lease = |&(offset, attempt): &(u64, u32)| {
+            (claims.offset, claims.attempt) = (offset, attempt);
+            key.sign_into(&claims, &mut tokens);
+            wire::Lease { offset, attempt, lease_ms: holder.lease_ms, token: tokens.split().freeze() }
         };
         let leases = jobs.iter().map(lease).collect();
         Ok(Granted { leases, batches: batches.into_values().collect(), ranges: ranges_of(jobs) })
     }
 
-    fn claims(&self, group: &str, floor: u64, offset: u64, attempt: u32, holder: &Holder) -> LeaseClaims {
+    /// What the tokens of a grant have in common.
+    fn claims(&self, group: &str, floor: u64, holder: &Holder) -> LeaseClaims {
         let results_topic = self.replica.topic.results_topic.clone();
         LeaseClaims {
             operator_id: holder.operator_id.clone(),
             operator_version: holder.operator_version.clone(),
-            ..self.replica.claims(group, floor, offset, attempt, results_topic)
+            ..self.replica.claims(group, floor, 0, 0, results_topic)
         }
     }
 
-    fn read(&self, stock: &mut Stock, offset: u64) -> Result<Batch, wire::Error> {
-        let holds = |batch: &Batch| batch.header.next_offset().0 > offset;
-        if let Some((_, batch)) = stock.read.range(..=offset).next_back().filter(|(_, batch)| holds(batch)) {
-            return Ok(batch.clone());
+    fn read(&mut self, offset: u64) -> Result<Batch, wire::Error> {
+        if self.at_hand(offset).is_none() {
+            for batch in self.replica.read_jobs(Offset(offset), self.readable, READ_SIZE)? {
+                self.read.insert(batch.header.base_offset.0, batch);
+            }
         }
-        for batch in self.replica.read_jobs(Offset(offset), self.readable, READ_SIZE)? {
-            stock.read.insert(batch.header.base_offset.0, batch);
-        }
-        let found = stock.read.range(..=offset).next_back().filter(|(_, batch)| holds(batch));
-        found.map(|(_, batch)| batch.clone()).ok_or_else(|| {
+        self.at_hand(offset).cloned().ok_or_else(|| {
             error(
                 wire::ErrorCode::InternalError,
                 format_args!("the log of {} does not hold offset {offset}", self.replica.name()),
@@ -220,6 +264,21 @@ impl<'a> Grants<'a> {
 }
 
 impl Replica {
+    /// What was read ahead for a group that goes on at `offset`, or what is read now where that
+    /// needs the disk. Nothing where that fails: whoever needs it will read it again, and tell.
+    pub(super) async fn jobs_ahead(&self, offset: Offset) -> Vec<Batch> {
+        let (log, readable) = (self.group.log(), *self.group.readable().borrow());
+        let kept = self.services.ahead().take(Place { group: self.group.id(), offset });
+        let reading = match (kept, readable.index) {
+            (Some(reading), _) => reading,
+            (None, Some(through)) if offset < readable.next_offset && !log.is_recent(offset) => {
+                ahead::read(log, offset, through, READ_SIZE)
+            }
+            _ => return Vec::new(),
+        };
+        reading.await.ok().and_then(Result::ok).unwrap_or_default()
+    }
+
     /// Committed batches from the one that holds `offset` on.
     pub(super) fn read_jobs(
         &self,

@@ -4,6 +4,7 @@
 //!   producers.rs   contiguous sequences per producer          (de-duplication)
 //!   results.rs     one result a job, by the job's offset      (de-duplication)
 //!   queue.rs       next, floor, leases and pending per group  (work queues)
+//!   ranges.rs      values of ranges of offsets, offsets.rs  a set of them
 //!   in_flight.rs   what the leader has proposed and not yet seen applied
 //!   machine.rs     the four together, as Raft's state machine
 //! ```
@@ -16,6 +17,7 @@ mod machine;
 mod offsets;
 mod producers;
 mod queue;
+mod ranges;
 mod results;
 #[cfg(test)]
 mod tests;
@@ -26,7 +28,8 @@ use prost::Message;
 
 pub(crate) use in_flight::{Admission, InFlight};
 pub(crate) use machine::PartitionMachine;
-pub(crate) use queue::{Holder, Queue, ranges_of};
+pub(crate) use queue::{Holder, Queue, push_range, ranges_of};
+pub(crate) use ranges::Ranges;
 
 use producers::Producers;
 use queue::Queues;

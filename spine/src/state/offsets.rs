@@ -35,11 +35,25 @@ impl Offsets {
         self.above.insert_range(first.max(self.floor)..end);
     }
 
+    /// Adds `first..end`; false when one of them was there, and then some may be added.
+    pub(super) fn insert_new(&mut self, first: u64, end: u64) -> bool {
+        if first == self.floor && self.above.is_empty() {
+            self.floor = end.max(first);
+            return true;
+        }
+        first >= self.floor && self.above.insert_range(first..end) == end.saturating_sub(first)
+    }
+
     /// Moves the floor up over the offsets that follow it without a gap.
     pub(super) fn close_up(&mut self) {
-        while self.above.remove(self.floor) {
-            self.floor += 1;
+        let mut end = self.floor;
+        for offset in &self.above {
+            if offset != end {
+                break;
+            }
+            end += 1;
         }
+        self.raise(end);
     }
 
     /// Raises the floor; it never goes back.

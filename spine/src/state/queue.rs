@@ -24,7 +24,7 @@ use arqon_proto::{
     wire::{ControlRecord, LeaseState, OffsetRange, PendingState, QueueState, queue_command::Command},
 };
 
-use super::{CommandOutcome, QueueOutcome, offsets::Offsets};
+use super::{CommandOutcome, QueueOutcome, offsets::Offsets, ranges::Ranges};
 
 /// Who holds leases, and for how long each.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -56,29 +56,53 @@ pub(crate) struct Pending {
 pub(crate) struct Queue {
     next: u64,
     settled: Offsets,
-    leases: BTreeMap<u64, Lease>,
+    leases: Ranges<Lease>,
     pending: BTreeMap<u64, Pending>,
 }
 
 /// The offsets as ranges of equal attempt, in the order given.
 pub(crate) fn ranges_of(leases: impl IntoIterator<Item = (u64, u32)>) -> Vec<OffsetRange> {
-    let mut out: Vec<OffsetRange> = Vec::new();
+    let mut out = Vec::new();
     for (offset, attempt) in leases {
-        match out.last_mut() {
-            Some(last) if last.attempt == attempt && last.first + u64::from(last.count) == offset => last.count += 1,
-            _ => out.push(OffsetRange { first: offset, count: 1, attempt }),
-        }
+        push_range(&mut out, offset, 1, attempt);
     }
     out
 }
 
-fn each(ranges: &[OffsetRange]) -> impl Iterator<Item = (u64, u32)> + '_ {
-    ranges.iter().flat_map(|range| (0..u64::from(range.count)).map(move |at| (range.first + at, range.attempt)))
+/// Adds `count` offsets from `first` on, to the last range where they follow it.
+pub(crate) fn push_range(out: &mut Vec<OffsetRange>, first: u64, count: u32, attempt: u32) {
+    match out.last_mut() {
+        Some(last) if last.attempt == attempt && first.checked_sub(last.first) == Some(u64::from(last.count)) => {
+            last.count += count;
+        }
+        _ => out.push(OffsetRange { first, count, attempt }),
+    }
+}
+
+/// Calls `with` for each part of `range` as either held or not, in order.
+fn divide(range: &OffsetRange, held: impl Iterator<Item = (u64, u64)>, mut with: impl FnMut(u64, u64, bool)) {
+    let end = range.first + u64::from(range.count);
+    let mut next = range.first;
+    for (from, to) in held {
+        if next < from {
+            with(next, from, false);
+        }
+        with(from, to, true);
+        next = to;
+    }
+    if next < end {
+        with(next, end, false);
+    }
 }
 
 impl Queue {
     fn starting_at(offset: u64) -> Self {
-        Self { next: offset, settled: Offsets::starting_at(offset), leases: BTreeMap::new(), pending: BTreeMap::new() }
+        Self {
+            next: offset,
+            settled: Offsets::starting_at(offset),
+            leases: Ranges::default(),
+            pending: BTreeMap::new(),
+        }
     }
 
     /// Lowest offset that was never granted.
@@ -92,7 +116,7 @@ impl Queue {
     }
 
     /// Jobs handed out, by offset.
-    pub(crate) fn leases(&self) -> &BTreeMap<u64, Lease> {
+    pub(crate) fn leases(&self) -> &Ranges<Lease> {
         &self.leases
     }
 
@@ -108,59 +132,96 @@ impl Queue {
 
     /// Whether `offset` is leased under `attempt`.
     pub(crate) fn is_leased(&self, offset: u64, attempt: u32) -> bool {
-        self.leases.get(&offset).is_some_and(|lease| lease.attempt == attempt)
+        self.leases.get(offset).is_some_and(|lease| lease.attempt == attempt)
     }
 
-    fn grant(&mut self, offset: u64, attempt: u32, holder: &Arc<Holder>) -> bool {
-        let is_next_attempt = self.pending.get(&offset).is_some_and(|pending| pending.attempt + 1 == attempt);
-        if is_next_attempt {
-            self.pending.remove(&offset);
-        } else if offset >= self.next && attempt == 1 {
-            // Jobs that the leader passed over are no longer in the log.
-            self.settled.insert_range(self.next, offset);
-            self.next = offset + 1;
-        } else {
-            return false;
+    /// The parts of `range` that are leased under its attempt: first offset, offset after the
+    /// last, and the lease.
+    pub(crate) fn leased_of(&self, range: &OffsetRange) -> impl Iterator<Item = (u64, u64, &Lease)> {
+        let attempt = range.attempt;
+        // No job has the largest offset, so that an end beyond it loses none.
+        let end = range.first.saturating_add(u64::from(range.count));
+        self.leases.within(range.first, end).filter(move |(_, _, lease)| lease.attempt == attempt)
+    }
+
+    /// Whether all of `range` is leased under its attempt.
+    pub(crate) fn is_all_leased(&self, range: &OffsetRange) -> bool {
+        self.leased_of(range).map(|(first, end, _)| end - first).sum::<u64>() == u64::from(range.count)
+    }
+
+    fn grant(&mut self, range: &OffsetRange, holder: &Arc<Holder>, lost: &mut Vec<OffsetRange>) {
+        let lease = Lease { attempt: range.attempt, holder: holder.clone() };
+        let end = range.first + u64::from(range.count);
+        // What was never granted comes after all that was.
+        let fresh = if lease.attempt == 1 { range.first.max(self.next).min(end) } else { end };
+        for offset in range.first..fresh {
+            if self.pending.get(&offset).is_some_and(|pending| pending.attempt + 1 == lease.attempt) {
+                self.pending.remove(&offset);
+                self.leases.insert(offset, offset + 1, lease.clone());
+            } else {
+                push_range(lost, offset, 1, lease.attempt);
+            }
         }
-        self.leases.insert(offset, Lease { attempt, holder: holder.clone() });
-        true
+        if fresh < end {
+            // Jobs that the leader passed over are no longer in the log.
+            self.settled.insert_range(self.next, fresh);
+            self.next = end;
+            self.leases.insert(fresh, end, lease);
+        }
     }
 
-    fn end_lease(&mut self, offset: u64, attempt: u32) -> bool {
-        self.is_leased(offset, attempt) && self.leases.remove(&offset).is_some()
+    /// Ends those leases of `range` that are held; the others are added to `lost`.
+    fn end_leases(&mut self, range: &OffsetRange, lost: &mut Vec<OffsetRange>) -> Vec<(u64, u64)> {
+        let mut held = Vec::new();
+        divide(range, self.leased_of(range).map(|(first, end, _)| (first, end)), |first, end, is_held| {
+            if is_held {
+                held.push((first, end));
+            } else {
+                push_range(lost, first, (end - first) as u32, range.attempt);
+            }
+        });
+        for (first, end) in &held {
+            self.leases.remove(*first, *end, |_, _| {});
+        }
+        held
     }
 
-    fn settle(&mut self, offset: u64) {
-        let is_new = self.settled.insert(offset);
-        assert!(is_new, "job {offset} was outstanding and settled at once");
+    fn settle(&mut self, first: u64, end: u64) {
+        let is_new = self.settled.insert_new(first, end);
+        assert!(is_new, "a job of {first} to {end} was outstanding and settled at once");
     }
 
-    fn command(&mut self, offset: u64, attempt: u32, command: &Command, holder: &Arc<Holder>) -> bool {
+    fn command(&mut self, range: &OffsetRange, command: &Command, holder: &Arc<Holder>, lost: &mut Vec<OffsetRange>) {
+        let attempt = range.attempt;
         match command {
-            Command::Grant(_) => self.grant(offset, attempt, holder),
-            Command::Renew(_) => self.is_leased(offset, attempt),
+            Command::Grant(_) => self.grant(range, holder, lost),
+            Command::Renew(_) => {
+                divide(range, self.leased_of(range).map(|(first, end, _)| (first, end)), |first, end, is_held| {
+                    if !is_held {
+                        push_range(lost, first, (end - first) as u32, attempt);
+                    }
+                });
+            }
             Command::Ack(_) => {
-                let is_held = self.end_lease(offset, attempt);
-                if is_held {
-                    self.settle(offset);
+                for (first, end) in self.end_leases(range, lost) {
+                    self.settle(first, end);
                 }
-                is_held
             }
             Command::Nack(_) | Command::Expire(_) => {
-                let is_held = self.end_lease(offset, attempt);
-                if is_held {
-                    let delay_ms = if let Command::Nack(nack) = command { nack.delay_ms } else { 0 };
-                    self.pending.insert(offset, Pending { attempt, delay_ms });
+                let delay_ms = if let Command::Nack(nack) = command { nack.delay_ms } else { 0 };
+                for (first, end) in self.end_leases(range, lost) {
+                    self.pending.extend((first..end).map(|offset| (offset, Pending { attempt, delay_ms })));
                 }
-                is_held
             }
             Command::Bury(_) => {
-                let is_waiting = self.pending.get(&offset).is_some_and(|pending| pending.attempt == attempt);
-                if is_waiting {
-                    self.pending.remove(&offset);
-                    self.settle(offset);
+                for offset in range.first..range.first + u64::from(range.count) {
+                    if self.pending.get(&offset).is_some_and(|pending| pending.attempt == attempt) {
+                        self.pending.remove(&offset);
+                        self.settle(offset, offset + 1);
+                    } else {
+                        push_range(lost, offset, 1, attempt);
+                    }
                 }
-                is_waiting
             }
         }
     }
@@ -215,10 +276,10 @@ impl Queues {
             Command::Bury(bury) => &bury.ranges,
         };
         let Some(queue) = self.groups.get_mut(group) else { return ranges.clone() };
-        let lost: Vec<_> =
-            each(ranges).filter(|(offset, attempt)| !queue.command(*offset, *attempt, command, &holder)).collect();
+        let mut lost = Vec::new();
+        ranges.iter().for_each(|range| queue.command(range, command, &holder, &mut lost));
         queue.settled.close_up();
-        ranges_of(lost)
+        lost
     }
 
     pub(super) fn encode(&self) -> Vec<QueueState> {
@@ -240,8 +301,8 @@ impl Queues {
 }
 
 fn encode_queue(group: &str, queue: &Queue) -> QueueState {
-    let leases = queue.leases.iter().map(|(offset, lease)| LeaseState {
-        offset: *offset,
+    let leases = queue.leases.each().map(|(offset, lease)| LeaseState {
+        offset,
         attempt: lease.attempt,
         worker: lease.holder.worker.clone(),
         operator_id: lease.holder.operator_id.clone(),
@@ -267,7 +328,7 @@ fn decode_queue(state: QueueState, holders: &mut HashSet<Arc<Holder>>) -> Result
     let mut queue = Queue::starting_at(state.next);
     queue.settled = Offsets::decode(state.floor, &state.settled, "settled jobs")?;
     let fits = |queue: &Queue, offset: u64| {
-        let is_free = !queue.leases.contains_key(&offset) && !queue.pending.contains_key(&offset);
+        let is_free = queue.leases.get(offset).is_none() && !queue.pending.contains_key(&offset);
         if offset < queue.next && !queue.settled.contains(offset) && is_free {
             Ok(())
         } else {
@@ -290,7 +351,7 @@ fn decode_queue(state: QueueState, holders: &mut HashSet<Arc<Holder>>) -> Result
                 holder
             }
         };
-        queue.leases.insert(lease.offset, Lease { attempt: lease.attempt, holder });
+        queue.leases.insert(lease.offset, lease.offset + 1, Lease { attempt: lease.attempt, holder });
     }
     for pending in state.pending {
         fits(&queue, pending.offset)?;

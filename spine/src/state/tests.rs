@@ -346,7 +346,7 @@ fn compare(queue: &Queue, model: &BTreeMap<u64, Model>) {
     };
     let leased = of(|job| if let Model::Leased(attempt) = job { Some(*attempt) } else { None });
     let pending = of(|job| if let Model::Pending(attempt) = job { Some(*attempt) } else { None });
-    let leases: BTreeMap<_, _> = queue.leases().iter().map(|(offset, lease)| (*offset, lease.attempt)).collect();
+    let leases: BTreeMap<_, _> = queue.leases().each().map(|(offset, lease)| (offset, lease.attempt)).collect();
     let waiting: BTreeMap<_, _> = queue.pending().iter().map(|(offset, job)| (*offset, job.attempt)).collect();
     assert_eq!((leases, waiting), (leased, pending));
     let unsettled: BTreeSet<_> =

@@ -10,12 +10,12 @@ use arqon_proto::{limits, wire};
 use tokio::time::Instant;
 
 use super::Lead;
-use crate::partition::deadlines::Deadlines;
+use crate::partition::deadlines::{Deadlines, RangeDeadlines};
 
 /// One group's times, by the monotonic clock of this leader.
 #[derive(Debug, Default)]
 pub(super) struct Clock {
-    pub(super) leases: Deadlines<u64>,
+    pub(super) leases: RangeDeadlines,
     pub(super) delays: Deadlines<u64>,
     /// Pending jobs that may be handed out now.
     pub(super) ready: BTreeSet<u64>,
@@ -41,8 +41,8 @@ impl Lead<'_> {
         let shared = replica.machine.lock();
         for (group, queue) in shared.state.queues() {
             let clock = self.clocks.entry(group.to_owned()).or_default();
-            for (offset, lease) in queue.leases() {
-                clock.leases.set(*offset, now + millis(lease.holder.lease_ms));
+            for (first, end, lease) in queue.leases().iter() {
+                clock.leases.set(first, end, now + millis(lease.holder.lease_ms));
             }
             for (offset, pending) in queue.pending() {
                 clock.wait(*offset, pending.attempt, pending.delay_ms, attempts_max(&replica.topic), now);
@@ -65,8 +65,8 @@ impl Lead<'_> {
         let shared = self.replica.machine.lock();
         for (group, queue) in shared.state.queues() {
             let Some(clock) = self.clocks.get_mut(group) else { continue };
-            let own = queue.leases().iter().filter(|(_, lease)| lease.holder.operator_id == operator_id);
-            own.for_each(|(offset, _)| clock.leases.set(*offset, now));
+            let own = queue.leases().iter().filter(|(.., lease)| lease.holder.operator_id == operator_id);
+            own.for_each(|(first, end, _)| clock.leases.set(first, end, now));
         }
     }
 }

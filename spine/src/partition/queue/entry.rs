@@ -1,8 +1,8 @@
 //! One control entry out of all that waits: what workers settle, what ran out, and new grants.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use arqon_proto::{wire, wire::queue_command::Command};
+use arqon_proto::{Batch, Offset, wire, wire::queue_command::Command};
 use arqon_raft::{Applied, ProposeError};
 use futures_util::{FutureExt, future::BoxFuture};
 use tokio::time::Instant;
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     partition::grants::{Granted, Grants},
-    state::{Queue, ranges_of},
+    state::{Queue, push_range, ranges_of},
 };
 
 /// Ranges in one control entry, beyond which the rest goes into the next one.
@@ -68,7 +68,11 @@ pub(super) struct Flight {
 
 impl Lead<'_> {
     /// Puts everything that waits into one entry and proposes it, if there is anything.
-    pub(super) fn build(&mut self, now: Instant) {
+    pub(super) async fn build(&mut self, now: Instant) {
+        let (mut at_hand, replica) = (Vec::new(), self.replica.clone());
+        for offset in self.next_jobs() {
+            at_hand.extend(replica.jobs_ahead(offset).await);
+        }
         let mut entry = Entry::default();
         while entry.has_room()
             && let Some(settle) = self.settling.pop_front()
@@ -77,7 +81,7 @@ impl Lead<'_> {
         }
         self.put_expired(now, &mut entry);
         self.put_buried(&mut entry);
-        self.put_grants(&mut entry);
+        self.put_grants(at_hand, &mut entry);
         let Entry { record, parts, .. } = entry;
         if !parts.is_empty() {
             let outcome = self.propose(record.clone()).boxed();
@@ -92,16 +96,21 @@ impl Lead<'_> {
                 return;
             }
             let leases = shared.state.queue(group).map(Queue::leases);
-            let due: Vec<_> = clock.leases.due(now).take(ENTRY_RANGE_COUNT_MAX).collect();
-            let mut expired = BTreeMap::new();
-            for offset in due {
-                match leases.and_then(|leases| leases.get(&offset)) {
-                    Some(lease) => drop(expired.insert(offset, lease.attempt)),
-                    None => clock.leases.remove(offset),
+            let mut due: Vec<_> = clock.leases.due(now).take(ENTRY_RANGE_COUNT_MAX).collect();
+            due.sort_unstable();
+            let mut expired = Vec::new();
+            for (first, end) in due {
+                let mut is_leased = false;
+                for (from, to, lease) in leases.iter().flat_map(|leases| leases.within(first, end)) {
+                    push_range(&mut expired, from, (to - from) as u32, lease.attempt);
+                    is_leased = true;
+                }
+                if !is_leased {
+                    clock.leases.remove(first, end);
                 }
             }
             if !expired.is_empty() {
-                let command = Command::Expire(wire::QueueExpire { ranges: ranges_of(expired) });
+                let command = Command::Expire(wire::QueueExpire { ranges: expired });
                 entry.put(group, command, Part::Own);
             }
         }
@@ -117,11 +126,11 @@ impl Lead<'_> {
         }
     }
 
-    fn put_grants(&mut self, entry: &mut Entry) {
+    fn put_grants(&mut self, at_hand: Vec<Batch>, entry: &mut Entry) {
         if self.lines.count() == 0 || !entry.has_room() {
             return;
         }
-        let mut grants = Grants::new(self.replica);
+        let mut grants = Grants::new(self.replica, at_hand);
         let no_clock = Clock::default();
         let Lines { by_group, polls, group_of, .. } = &mut self.lines;
         for (group, line) in by_group.iter_mut() {
@@ -139,22 +148,35 @@ impl Lead<'_> {
             }
         }
         by_group.retain(|_, line| !line.is_empty());
+        grants.read_ahead();
+    }
+
+    /// Where the groups with waiting workers go on.
+    fn next_jobs(&self) -> BTreeSet<Offset> {
+        let log_start = self.replica.group.log().log_start();
+        let shared = self.replica.machine.lock();
+        let next_of = |group: &String| shared.state.queue(group).map_or(log_start, |queue| Offset(queue.next()));
+        self.lines.by_group.keys().map(|group| next_of(group).max(log_start)).collect()
     }
 
     /// Puts the leases that are still held into the entry; answers at once when none is.
     fn put_settle(&self, settle: Settle, entry: &mut Entry) {
-        let (held, lost): (Vec<_>, Vec<_>) = {
+        let of = |leases: &[wire::LeaseRef]| ranges_of(leases.iter().map(|lease| (lease.offset, lease.attempt)));
+        let (mut ranges, mut lost) = (of(&settle.leases), Vec::new());
+        {
             let shared = self.replica.machine.lock();
             let queue = shared.state.queue(&settle.group);
-            let is_held =
-                |lease: &wire::LeaseRef| queue.is_some_and(|queue| queue.is_leased(lease.offset, lease.attempt));
-            settle.leases.iter().copied().partition(is_held)
-        };
-        if held.is_empty() {
+            if !queue.is_some_and(|queue| ranges.iter().all(|range| queue.is_all_leased(range))) {
+                let is_held =
+                    |lease: &wire::LeaseRef| queue.is_some_and(|queue| queue.is_leased(lease.offset, lease.attempt));
+                let (held, others): (Vec<_>, Vec<_>) = settle.leases.iter().copied().partition(is_held);
+                (ranges, lost) = (of(&held), others);
+            }
+        }
+        if ranges.is_empty() {
             let _ = settle.reply.send(Ok(wire::Settled { lost }));
             return;
         }
-        let ranges = ranges_of(held.iter().map(|lease| (lease.offset, lease.attempt)));
         let command = match settle.kind {
             SettleKind::Ack => Command::Ack(wire::QueueAck { ranges }),
             SettleKind::Nack { delay_ms } => Command::Nack(wire::QueueNack { ranges, delay_ms }),

@@ -161,7 +161,7 @@ impl<'a> Lead<'a> {
             self.burials.start(self.replica, &self.clocks, now);
             if self.flight.is_none() {
                 if self.retry_at.is_none_or(|at| at <= now) {
-                    self.build(now);
+                    self.build(now).await;
                 }
                 // After the entry was built: a poll without a wait has had one look at the queue.
                 self.end_polls(now);

@@ -12,7 +12,10 @@ use super::{
     clock::{attempts_max, millis},
     entry::{Flight, Part, ranges_in},
 };
-use crate::{partition::metrics::add, state::QueueOutcome};
+use crate::{
+    partition::metrics::add,
+    state::{QueueOutcome, ranges_of},
+};
 
 impl Lead<'_> {
     /// The entry in flight has its outcome.
@@ -30,7 +33,12 @@ impl Lead<'_> {
         for ((command, part), outcome) in commands {
             let lost: BTreeSet<_> = each(&outcome.lost).collect();
             if let Some(inner) = command.command {
-                self.took_effect(&command.group, &inner, &lost, now);
+                for range in without(ranges_in(&inner), &lost) {
+                    self.took_effect(&command.group, &inner, &range, now);
+                }
+                if let Command::Bury(bury) = inner {
+                    self.burials.forget(&command.group, &each(&bury.ranges).map(|(offset, _)| offset).collect());
+                }
             }
             self.answer(&command.group, part, lost, now);
         }
@@ -62,49 +70,45 @@ impl Lead<'_> {
         Some(if still_leads { End::Unknown } else { End::NotLeader })
     }
 
-    /// Sets the clocks after a committed command.
-    fn took_effect(&mut self, group: &str, command: &Command, lost: &BTreeSet<(u64, u32)>, now: Instant) {
+    /// Sets the clocks after what a committed command did to one range.
+    fn took_effect(&mut self, group: &str, command: &Command, range: &wire::OffsetRange, now: Instant) {
         let replica = self.replica.clone();
         let metrics = &replica.metrics;
         let attempts_max = attempts_max(&replica.topic);
         let clock = self.clocks.entry(group.to_owned()).or_default();
-        for (offset, attempt) in each(ranges_in(command)) {
-            if lost.contains(&(offset, attempt)) {
-                continue;
+        let (first, attempt, count) = (range.first, range.attempt, range.count as usize);
+        let end = first + count as u64;
+        let mut wait = |delay_ms| {
+            clock.leases.remove(first, end);
+            (first..end).for_each(|offset| clock.wait(offset, attempt, delay_ms, attempts_max, now));
+        };
+        match command {
+            Command::Grant(grant) => {
+                if !clock.ready.is_empty() {
+                    (first..end).for_each(|offset| _ = clock.ready.remove(&offset));
+                }
+                clock.leases.set(first, end, now + millis(grant.lease_ms));
+                add(&metrics.granted_count, count);
+                add(&metrics.redelivered_count, if attempt > 1 { count } else { 0 });
             }
-            match command {
-                Command::Grant(grant) => {
-                    clock.ready.remove(&offset);
-                    clock.leases.set(offset, now + millis(grant.lease_ms));
-                    add(&metrics.granted_count, 1);
-                    add(&metrics.redelivered_count, usize::from(attempt > 1));
-                }
-                Command::Ack(_) => clock.leases.remove(offset),
-                Command::Nack(nack) => {
-                    clock.leases.remove(offset);
-                    clock.wait(offset, attempt, nack.delay_ms, attempts_max, now);
-                }
-                Command::Expire(_) => {
-                    clock.leases.remove(offset);
-                    clock.wait(offset, attempt, 0, attempts_max, now);
-                    add(&metrics.expired_count, 1);
-                }
-                Command::Renew(_) => {
-                    let shared = replica.machine.lock();
-                    let lease = shared.state.queue(group).and_then(|queue| queue.leases().get(&offset));
-                    // A later command of the same entry may have ended it.
-                    if let Some(lease) = lease.filter(|lease| lease.attempt == attempt) {
-                        clock.leases.set(offset, now + millis(lease.holder.lease_ms));
-                    }
-                }
-                Command::Bury(_) => {
-                    clock.dead.remove(&offset);
-                    add(&metrics.dead_count, 1);
+            Command::Ack(_) => clock.leases.remove(first, end),
+            Command::Nack(nack) => wait(nack.delay_ms),
+            Command::Expire(_) => {
+                wait(0);
+                add(&metrics.expired_count, count);
+            }
+            Command::Renew(_) => {
+                let shared = replica.machine.lock();
+                // A later command of the same entry may have ended some.
+                let leases = shared.state.queue(group).into_iter().flat_map(|queue| queue.leased_of(range));
+                for (first, end, lease) in leases {
+                    clock.leases.set(first, end, now + millis(lease.holder.lease_ms));
                 }
             }
-        }
-        if let Command::Bury(bury) = command {
-            self.burials.forget(group, &each(&bury.ranges).map(|(offset, _)| offset).collect());
+            Command::Bury(_) => {
+                (first..end).for_each(|offset| _ = clock.dead.remove(&offset));
+                add(&metrics.dead_count, count);
+            }
         }
     }
 
@@ -116,14 +120,18 @@ impl Lead<'_> {
                 let _ = settle.reply.send(Ok(wire::Settled { lost: all }));
             }
             Part::Grant { waiting, mut granted } => {
-                granted.leases.retain(|lease| !lost.contains(&(lease.offset, lease.attempt)));
-                let offsets: Vec<_> = granted.leases.iter().map(|lease| lease.offset).collect();
+                if !lost.is_empty() {
+                    granted.leases.retain(|lease| !lost.contains(&(lease.offset, lease.attempt)));
+                }
+                let ranges = without(&granted.ranges, &lost);
                 let reply = (self.replica.leased(granted.leases), granted.batches);
                 self.replica.metrics.work_latency.record(waiting.since.elapsed());
                 if waiting.reply.send(Ok(reply)).is_err() {
                     // The worker has gone: its jobs need not wait for their leases to run out.
                     let clock = self.clocks.entry(group.to_owned()).or_default();
-                    offsets.into_iter().for_each(|offset| clock.leases.set(offset, now));
+                    for range in ranges {
+                        clock.leases.set(range.first, range.first + u64::from(range.count), now);
+                    }
                 }
             }
         }
@@ -145,4 +153,12 @@ impl Lead<'_> {
 
 fn each(ranges: &[wire::OffsetRange]) -> impl Iterator<Item = (u64, u32)> + '_ {
     ranges.iter().flat_map(|range| (0..u64::from(range.count)).map(move |at| (range.first + at, range.attempt)))
+}
+
+/// The ranges without the leases of `lost`.
+fn without(ranges: &[wire::OffsetRange], lost: &BTreeSet<(u64, u32)>) -> Vec<wire::OffsetRange> {
+    if lost.is_empty() {
+        return ranges.to_vec();
+    }
+    ranges_of(each(ranges).filter(|lease| !lost.contains(lease)))
 }
