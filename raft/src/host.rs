@@ -43,6 +43,8 @@ pub(crate) type Raft = openraft::Raft<TypeConfig, Machine>;
 const INCOMING_COUNT_MAX: usize = 1_024;
 /// A replica that is not the first waits this long for another to initialise a new group.
 const INITIALISE_PATIENCE: Duration = Duration::from_secs(2);
+/// Followers that only keep a copy may go this long without being told of a commit.
+const COMMIT_PATIENCE: Duration = Duration::from_millis(250);
 /// A forwarded request may wait for a commit on the other side.
 const FORWARD_PATIENCE: Duration = Duration::from_secs(15);
 /// Replicas stopped at the same time.
@@ -76,6 +78,9 @@ pub struct GroupSpec {
     pub initial: Vec<(ReplicaId, NodeId)>,
     /// Whether this replica starts the group at once and so becomes its first leader.
     pub first: bool,
+    /// Whether followers are told of every commit at once, because they act on what is applied.
+    /// Others learn of it with the next entries, or a quarter of a second later.
+    pub followers_act: bool,
 }
 
 /// Why a replica does not open.
@@ -298,7 +303,8 @@ impl Host {
         let blank = machine.fresh();
         let machine = Machine::open(machine, log.clone(), installed.clone(), readable_tx).map_err(io)?;
         let pulse = Arc::new(Pulse::new(&self.inner, spec.first));
-        let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone() };
+        let commit_patience = if spec.followers_act { Duration::ZERO } else { COMMIT_PATIENCE };
+        let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone(), commit_patience };
         let store = LogStore::new(log.clone(), installed);
         let appended = store.appended();
         let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)

@@ -14,6 +14,7 @@
 
 mod config;
 mod group;
+mod hold;
 mod host;
 mod machine;
 mod network;

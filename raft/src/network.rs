@@ -30,6 +30,7 @@ use openraft::{
 use tokio::time::{Instant, sleep};
 
 use crate::{
+    hold::Held,
     host::HostInner,
     peer::{Failure, framed::Body, outgoing::Outgoing},
     pulse::Pulse,
@@ -58,12 +59,15 @@ pub(crate) struct Network {
     pub host: Arc<HostInner>,
     pub group: u64,
     pub pulse: Arc<Pulse>,
+    /// How long followers may go without being told of a commit.
+    pub commit_patience: Duration,
 }
 
 impl Network {
     fn client(&self, target: u64, at: ReplicaAt, heartbeats: Option<Arc<Pulse>>) -> Client {
         let peer = self.host.peer(NodeId(at.node));
-        Client { own: self.host.node.0, group: self.group, target, peer, heartbeats }
+        let commit_patience = self.commit_patience;
+        Client { own: self.host.node.0, group: self.group, target, peer, heartbeats, commit_patience }
     }
 }
 
@@ -96,6 +100,7 @@ pub(crate) struct Client {
     peer: Arc<Peer>,
     /// Set where this client carries heartbeats.
     heartbeats: Option<Arc<Pulse>>,
+    commit_patience: Duration,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -242,7 +247,7 @@ impl RaftNetworkV2<TypeConfig> for Client {
             return Box::pin(std::future::ready(Ok(answer)));
         }
         let session = NEXT_SESSION.fetch_add(1, Relaxed);
-        let answers = input
+        let answers = Held::new(input, this.commit_patience)
             .then(move |rpc| async move {
                 let (message, body) = append_frame(rpc);
                 this.peer.bulk.submit(this.frame(message, session), body).await

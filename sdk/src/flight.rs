@@ -171,6 +171,11 @@ impl Flight {
         self.slots.is_empty()
     }
 
+    /// Batches under way.
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
     /// Adds a batch behind all others.
     pub(crate) fn push(&mut self, item: Item) {
         if let Some(fenced) = &self.fenced {

@@ -17,7 +17,7 @@ use crate::{
     Error,
     flight::{Flight, Item, Payload},
     limits,
-    line::{LineHandle, Supply},
+    line::{Leaves, LineHandle, Supply},
     router::Router,
 };
 
@@ -42,7 +42,7 @@ struct Queue {
 impl Supply for Queue {
     type Batch = Item;
 
-    fn next(&mut self, _is_idle: bool) -> Option<Item> {
+    fn next(&mut self, _under_way: usize) -> Option<Item> {
         self.items.pop_front().map(|(item, _place)| item)
     }
 
@@ -84,7 +84,7 @@ impl Lanes {
         let place = lane.places.clone().acquire_owned().await.map_err(|_| Error::Closed)?;
         lane.line.add(|queue| {
             queue.items.push_back((item, place));
-            ((), true)
+            ((), Leaves::Now)
         });
         Ok(Submitted { receiver })
     }

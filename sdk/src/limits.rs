@@ -26,7 +26,10 @@ pub const BATCH_SIZE: usize = 256 << 10;
 pub const SPARE_COUNT_MAX: usize = 8;
 /// See [`SPARE_COUNT_MAX`].
 pub const SPARE_SIZE_MAX: usize = 2 << 20;
-/// Batches that a producer may have under way before those to idle partitions linger, too.
+/// Batches of a partition under way beside which another leaves without lingering: one is being
+/// synced while the next is on its way.
+pub const EAGER_DEPTH: usize = 2;
+/// Batches that a producer may have under way before all further ones linger.
 pub const EAGER_COUNT_MAX: usize = 5;
 /// Time-outs of batches are looked for this often.
 pub const TICK_MAX: Duration = Duration::from_millis(250);

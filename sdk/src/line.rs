@@ -27,13 +27,24 @@ use tokio::{
 
 use crate::flight::{Flight, Happened, Hear, Item};
 
+/// When a change of the supply matters to the flight.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leaves {
+    /// Something leaves now, on the thread of the caller.
+    Now,
+    /// Something leaves when the caller's task gives way, with what it adds until then.
+    Soon,
+    /// Nothing leaves before its linger ends or something else happens.
+    Later,
+}
+
 /// Where the batches of a line come from.
 pub(crate) trait Supply: Send + 'static {
     /// A batch that is not finished.
     type Batch;
 
-    /// The next batch that should leave; `is_idle` says that nothing is under way.
-    fn next(&mut self, is_idle: bool) -> Option<Self::Batch>;
+    /// The next batch that should leave when so many are under way.
+    fn next(&mut self, under_way: usize) -> Option<Self::Batch>;
 
     /// Finishes a batch; not in a hurry, nobody waits for the supply meanwhile.
     fn finish(batch: Self::Batch) -> Item;
@@ -119,14 +130,14 @@ impl<S: Supply> LineHandle<S> {
         Self(line)
     }
 
-    /// Changes the supply with `with`, which says whether something should leave now.
-    pub(crate) fn add<T>(&self, with: impl FnOnce(&mut S) -> (T, bool)) -> T {
+    /// Changes the supply with `with`, which says when something should leave.
+    pub(crate) fn add<T>(&self, with: impl FnOnce(&mut S) -> (T, Leaves)) -> T {
         let line = &self.0;
         let mut front = lock(&line.front);
         let (out, leaves) = with(&mut front.supply);
-        let wakes = front.wakes_driver(leaves);
+        let wakes = front.wakes_driver(leaves == Leaves::Now) || leaves == Leaves::Soon;
         drop(front);
-        if leaves {
+        if leaves == Leaves::Now {
             line.kick();
         }
         if wakes {
@@ -166,7 +177,7 @@ impl<S: Supply> Line<S> {
         flight.pump();
         while flight.has_room() {
             let mut front = lock(&self.front);
-            let Some(batch) = front.supply.next(flight.is_empty()) else { break };
+            let Some(batch) = front.supply.next(flight.len()) else { break };
             drop(front);
             flight.push(S::finish(batch));
         }

@@ -24,7 +24,7 @@ use crate::{
     flight::{Flight, Item, Payload, Stamping},
     lane::tick,
     limits,
-    line::{LineHandle, Supply},
+    line::{Leaves, LineHandle, Supply},
     outcome::{Outcome, Resolver},
     router::Router,
     spare::Spare,
@@ -34,7 +34,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct ProducerOptions {
     /// How long an event may wait for company while other batches are under way; 5 ms at most.
-    /// When nothing is under way, a batch leaves at once.
+    /// When nothing is under way, an event leaves at once, and while one batch of its partition is,
+    /// the next leaves as soon as the task that sends gives way.
     pub linger: Duration,
     /// A batch takes no more events when they reach this size in bytes. It leaves earlier, with
     /// 256 KiB, unless as many are under way as may be.
@@ -141,6 +142,22 @@ struct Shared {
     spare: Arc<Spare>,
 }
 
+impl Shared {
+    fn new(topic: &str, partition_count: u32, request_timeout: Duration, options: ProducerOptions) -> Self {
+        Self {
+            topic: topic.into(),
+            producer_id: options.producer_id.unwrap_or_else(|| Uuid::new_v4().into_bytes()),
+            request_timeout,
+            partition_count,
+            turn: AtomicU32::new(rand::random_range(0..partition_count)),
+            room: Semaphore::new(options.buffer_size),
+            under_way: AtomicUsize::new(0),
+            spare: Arc::default(),
+            options,
+        }
+    }
+}
+
 impl fmt::Debug for Producer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Producer").field("topic", &self.inner.shared.topic).finish_non_exhaustive()
@@ -159,17 +176,7 @@ impl Producer {
             return Err(Error::invalid("topic", format!("{topic} has no partitions")));
         }
         options.check(partition_count)?;
-        let shared = Shared {
-            topic: topic.into(),
-            producer_id: options.producer_id.unwrap_or_else(|| Uuid::new_v4().into_bytes()),
-            request_timeout: router.options.request_timeout,
-            partition_count,
-            turn: AtomicU32::new(rand::random_range(0..partition_count)),
-            room: Semaphore::new(options.buffer_size),
-            under_way: AtomicUsize::new(0),
-            spare: Arc::default(),
-            options,
-        };
+        let shared = Shared::new(topic, partition_count, router.options.request_timeout, options);
         let partitions = (0..partition_count).map(|_| OnceLock::new()).collect();
         Ok(Self { inner: Arc::new(Inner { router, partitions, shared: Arc::new(shared) }) })
     }
@@ -254,7 +261,8 @@ impl Producer {
             self.inner.shared.room.close();
         }
         let lines = self.inner.partitions.iter().filter_map(OnceLock::get);
-        let outcomes: Vec<_> = lines.flat_map(|line| line.add(|building| (building.flush(closes), true))).collect();
+        let outcomes: Vec<_> =
+            lines.flat_map(|line| line.add(|building| (building.flush(closes), Leaves::Now))).collect();
         for outcome in outcomes {
             // What became of the events is told to those who hold their deliveries.
             if let Err(Error::Closed) = Delivery::new(outcome, 0).await {
@@ -292,8 +300,8 @@ struct Building {
     full: VecDeque<Open>,
     /// Outcomes that may not be known yet, oldest first.
     unresolved: VecDeque<Arc<Outcome>>,
-    /// Whether nothing was under way when a batch was last asked for.
-    is_idle: bool,
+    /// Batches under way when one was last asked for, with that one.
+    under_way: usize,
     closed: bool,
 }
 
@@ -312,13 +320,13 @@ struct Open {
 impl Building {
     fn new(shared: Arc<Shared>, partition: u32) -> Self {
         let (full, unresolved) = (VecDeque::new(), VecDeque::new());
-        Self { shared, partition, open: None, full, unresolved, is_idle: true, closed: false }
+        Self { shared, partition, open: None, full, unresolved, under_way: 0, closed: false }
     }
 
-    /// Adds a checked record; also says whether something should leave now.
-    fn add(&mut self, record: &RecordParts<'_>, id: Option<[u8; 16]>) -> (Result<Delivery, Error>, bool) {
+    /// Adds a checked record; also says when something should leave.
+    fn add(&mut self, record: &RecordParts<'_>, id: Option<[u8; 16]>) -> (Result<Delivery, Error>, Leaves) {
         if self.closed {
-            return (Err(Error::Closed), false);
+            return (Err(Error::Closed), Leaves::Later);
         }
         let mut leaves = false;
         if self.open.as_ref().is_some_and(|open| open.builder.size() >= self.shared.options.batch_size) {
@@ -334,19 +342,24 @@ impl Building {
                 first.expect("the first record of a batch always fits")
             }
         };
-        let is_eager = self.is_idle && self.may_be_eager();
         let soft_size = self.shared.options.batch_size.min(limits::BATCH_SIZE);
         let open = self.open();
         if !open.leaves && open.builder.size() >= soft_size {
             open.leaves = true;
             leaves = true;
         }
-        (Ok(delivery), leaves || is_eager)
+        let leaves = match self.under_way {
+            _ if leaves => Leaves::Now,
+            under_way if !self.may_be_eager(under_way) => Leaves::Later,
+            0 => Leaves::Now,
+            _ => Leaves::Soon,
+        };
+        (Ok(delivery), leaves)
     }
 
-    /// Whether a batch may leave without company.
-    fn may_be_eager(&self) -> bool {
-        self.shared.under_way.load(Ordering::Relaxed) < limits::EAGER_COUNT_MAX
+    /// Whether a batch may leave without waiting for company, beside so many of its partition.
+    fn may_be_eager(&self, under_way: usize) -> bool {
+        under_way < limits::EAGER_DEPTH && self.shared.under_way.load(Ordering::Relaxed) < limits::EAGER_COUNT_MAX
     }
 
     fn open(&mut self) -> &mut Open {
@@ -397,14 +410,14 @@ impl Building {
 impl Supply for Building {
     type Batch = Open;
 
-    fn next(&mut self, is_idle: bool) -> Option<Open> {
-        let is_eager = is_idle && self.may_be_eager();
+    fn next(&mut self, under_way: usize) -> Option<Open> {
+        let is_eager = self.may_be_eager(under_way);
         let next = self.full.pop_front().or_else(|| {
             let open = self.open.as_ref()?;
             let leaves = open.leaves || is_eager || open.linger_end <= Instant::now();
             if leaves { self.take_open() } else { None }
         });
-        self.is_idle = is_idle && next.is_none();
+        self.under_way = under_way + usize::from(next.is_some());
         if next.is_some() {
             self.shared.under_way.fetch_add(1, Ordering::Relaxed);
         }
@@ -477,5 +490,26 @@ mod tests {
         let partitions: Vec<u32> = ["", "a", "job-1", "job-2"].map(|key| partition_of(key.as_bytes(), 12)).to_vec();
         assert_eq!(partitions, ["", "a", "job-1", "job-2"].map(|key| (xxh3_64(key.as_bytes()) % 12) as u32));
         assert_eq!(xxh3_64(b""), 0x2d06_8005_38d3_94c2);
+    }
+
+    #[test]
+    fn a_second_batch_leaves_with_what_was_sent_meanwhile_and_the_third_lingers() {
+        let options = ProducerOptions { linger: limits::LINGER_MAX, ..Default::default() };
+        let mut building = Building::new(Arc::new(Shared::new("t", 1, Duration::MAX, options)), 0);
+        let send = |building: &mut Building| {
+            let event = NewEvent::new("x");
+            let (delivery, leaves) = event.checked(|record| building.add(&record, event.id)).unwrap();
+            delivery.unwrap();
+            leaves
+        };
+        let size = |batch: Option<Open>| batch.map(|open| open.builder.record_count());
+        assert!(send(&mut building) == Leaves::Now);
+        assert_eq!(size(building.next(0)), Some(1));
+        assert!((0..4).all(|_| send(&mut building) == Leaves::Soon));
+        assert_eq!(size(building.next(1)), Some(4));
+        assert!(send(&mut building) == Leaves::Later);
+        assert_eq!(size(building.next(2)), None);
+        // One of the two was answered.
+        assert_eq!(size(building.next(1)), Some(1));
     }
 }

@@ -121,6 +121,7 @@ impl Replicas {
                     replica: ReplicaId(own.replica),
                     initial: placement.replicas.iter().map(|at| (ReplicaId(at.replica), NodeId(at.node))).collect(),
                     first: placement.replicas.first().is_some_and(|at| at.node == self.node.0),
+                    followers_act: false,
                 };
                 let partition = PartitionId(index as u32);
                 wanted.insert(group, Wanted { spec, topic: topic.config.clone(), partition });

@@ -17,9 +17,11 @@ use crate::metrics;
 use crate::position::{LogPosition, index_after};
 use crate::segment::Segment;
 
-/// Logs whose groups have this size are not filled ahead: what the sync of a growing file costs
-/// more is less than writing every byte twice.
-const FILL_GROUP_SIZE_MAX: usize = 1 << 20;
+/// Logs whose groups are larger than this of late are not filled ahead: what the sync of a growing
+/// file costs more is less than writing every byte twice.
+const FILL_GROUP_SIZE_MAX: usize = 128 << 10;
+/// A group changes the size that is typical by this part of the difference.
+const GROUP_SIZE_SHARE: usize = 8;
 
 /// Whoever waits for an operation.
 pub(crate) struct Done(oneshot::Sender<io::Result<()>>);
@@ -281,16 +283,20 @@ impl LogCore {
         engine.metrics.append_latency.record(now - group.queued_at);
         metrics::add(&engine.metrics.flush_count, 1);
         metrics::add(&engine.metrics.written_size, group.size);
+        let fills;
         {
             let mut state = self.lock();
             state.pending_size -= group.size;
             state.flush_through(group.last);
             state.mark_dirty = true;
             state.flushed_at = Some(now);
+            let typical = state.group_size;
+            state.group_size = typical - typical / GROUP_SIZE_SHARE + group.size / GROUP_SIZE_SHARE;
+            fills = state.group_size < FILL_GROUP_SIZE_MAX;
             engine.watch_mark(self, &mut state);
             checkpoint::start_ready(self, &mut state);
         }
-        if group.size < FILL_GROUP_SIZE_MAX && group.segment.wants_fill(group.end(), engine.options.fill_size) {
+        if fills && group.segment.wants_fill(group.end(), engine.options.fill_size) {
             engine.request_fill(self, &group.segment);
         }
         for callback in group.callbacks {

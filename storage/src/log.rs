@@ -80,6 +80,8 @@ pub(crate) struct State {
     pub mark_dirty: bool,
     pub mark_watched: bool,
     pub flushed_at: Option<Instant>,
+    /// Typical size of the groups of late, in bytes.
+    pub group_size: usize,
 }
 
 impl State {

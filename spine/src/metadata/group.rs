@@ -132,6 +132,7 @@ impl MetadataGroup {
             replica: ReplicaId(node.0),
             first: nodes.iter().map(|info| info.node).min() == Some(node.0),
             initial,
+            followers_act: true,
         };
         let group = host.open(spec, Box::new(machine)).await?;
         Ok(Self { node, host: host.clone(), group, published, caught_up: Arc::default() })

@@ -156,6 +156,7 @@ impl Cluster {
                     replica: replica_of(*node),
                     initial: initial.clone(),
                     first: node.0 == 1,
+                    followers_act: false,
                 };
                 let topic = Arc::new(topic(name));
                 let services = self.shared.clone();
