@@ -119,19 +119,21 @@ impl Job {
     /// Marks all `jobs` as done without results, in as few requests as possible. Gives those that
     /// are not, with the reason, as [`Job::ack`] does; none when every acknowledgement is confirmed.
     pub async fn ack_all(jobs: Vec<Self>) -> Vec<(Self, Error)> {
-        let mut refused = Vec::new();
-        let mut held = Vec::with_capacity(jobs.len());
-        for job in jobs {
-            match job.grant.is_over(job.index) {
-                true => refused.push((job, Error::LeaseLost)),
-                false => held.push(job),
-            }
+        let (mut refused, mut held) = (Vec::new(), jobs);
+        if held.iter().any(|job| job.grant.is_over(job.index)) {
+            let (over, rest): (Vec<_>, Vec<_>) = held.into_iter().partition(|job| job.grant.is_over(job.index));
+            refused = over.into_iter().map(|job| (job, Error::LeaseLost)).collect();
+            held = rest;
         }
         let is_alike = |one: &Self, other: &Self| {
             Arc::ptr_eq(&one.desk, &other.desk) && one.grant.partition == other.grant.partition
         };
         let settling = held.chunk_by(is_alike).map(|jobs| settle(jobs, Settlement::Ack));
         let outcomes: Vec<_> = join_all(settling).await.into_iter().flatten().collect();
+        if outcomes.iter().all(Result::is_ok) {
+            free(held);
+            return refused;
+        }
         for (job, outcome) in held.into_iter().zip(outcomes) {
             if let Err(error) = outcome {
                 refused.push((job, error));
@@ -186,8 +188,26 @@ async fn settle(jobs: &[Job], settlement: Settlement) -> Vec<Result<(), Error>> 
     jobs.iter().map(of_job).collect()
 }
 
+/// Drops settled jobs and gives their places back together, so that the next request for jobs can
+/// ask for as many.
+fn free(jobs: Vec<Job>) {
+    let mut desks: Vec<(Arc<Desk>, usize)> = Vec::new();
+    for job in &jobs {
+        job.grant.free(job.index);
+        match desks.last_mut() {
+            Some((desk, count)) if Arc::ptr_eq(desk, &job.desk) => *count += 1,
+            _ => desks.push((job.desk.clone(), 1)),
+        }
+    }
+    drop(jobs);
+    desks.into_iter().for_each(|(desk, count)| desk.places.add_permits(count));
+}
+
 impl Drop for Job {
     fn drop(&mut self) {
+        if self.grant.is_freed(self.index) {
+            return;
+        }
         let gives_back = !self.grant.is_over(self.index) && !self.grant.is_lost(self.index);
         self.grant.end(self.index);
         if gives_back {

@@ -56,7 +56,7 @@ pub(crate) struct Grant {
 #[derive(Debug)]
 struct Held {
     reference: LeaseRef,
-    /// Bits [`LOST`] and [`OVER`].
+    /// Bits [`LOST`], [`OVER`] and [`FREED`].
     state: AtomicU8,
 }
 
@@ -64,6 +64,8 @@ struct Held {
 const LOST: u8 = 1;
 /// The job is settled or dropped: nothing is to be renewed.
 const OVER: u8 = 2;
+/// The job no longer has its place: someone else gives it back.
+const FREED: u8 = 4;
 
 impl Grant {
     pub(crate) fn new(partition: u32, leases: impl Iterator<Item = LeaseRef>) -> Self {
@@ -93,6 +95,14 @@ impl Grant {
 
     pub(crate) fn end(&self, index: u32) {
         self.leases[index as usize].state.fetch_or(OVER, Ordering::AcqRel);
+    }
+
+    pub(crate) fn is_freed(&self, index: u32) -> bool {
+        self.has(index, FREED)
+    }
+
+    pub(crate) fn free(&self, index: u32) {
+        self.leases[index as usize].state.fetch_or(FREED, Ordering::AcqRel);
     }
 
     pub(crate) async fn wait_lost(&self, index: u32) {

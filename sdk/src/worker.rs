@@ -125,7 +125,7 @@ impl Desk {
 /// ```
 pub struct Worker {
     jobs: mpsc::UnboundedReceiver<Result<Vec<Job>, Error>>,
-    ready: VecDeque<Job>,
+    ready: std::vec::IntoIter<Job>,
     failed: Option<Error>,
     places: Arc<Semaphore>,
     parallelism: usize,
@@ -164,13 +164,14 @@ impl Worker {
             idle: description.partitions.iter().map(|known| Turn::new(known.partition)).collect(),
             partition_count: description.partitions.len(),
             hot_count: 0,
+            under_way: HashMap::new(),
             extra: HashMap::new(),
             places: places.clone(),
             polls: FuturesUnordered::new(),
             sender,
         };
         tokio::spawn(taker.run(stopped));
-        Ok(Self { jobs, ready: VecDeque::new(), failed: None, places, parallelism, stop })
+        Ok(Self { jobs, ready: Vec::new().into_iter(), failed: None, places, parallelism, stop })
     }
 
     /// The next job; `None` after [`Worker::stop`]. Waits while as many jobs as allowed are held.
@@ -181,7 +182,7 @@ impl Worker {
     /// worker goes on trying, call again. Any other error ends the worker and is repeated: no
     /// permission, an unknown topic, an operator that is not registered.
     pub async fn next(&mut self) -> Result<Option<Job>, Error> {
-        Ok(if self.fill().await? { self.ready.pop_front() } else { None })
+        Ok(if self.fill().await? { self.ready.next() } else { None })
     }
 
     /// The jobs that are there, at least one and at most `count_max`; otherwise as [`Worker::next`].
@@ -196,18 +197,21 @@ impl Worker {
         if !self.fill().await? {
             return Ok(None);
         }
-        Ok(Some(self.ready.drain(..count_max.min(self.ready.len())).collect()))
+        if self.ready.len() <= count_max {
+            return Ok(Some(std::mem::take(&mut self.ready).collect()));
+        }
+        Ok(Some(self.ready.by_ref().take(count_max).collect()))
     }
 
     /// Waits until a job is ready; `false` when the worker is stopped.
     async fn fill(&mut self) -> Result<bool, Error> {
-        while self.ready.is_empty() {
+        while self.ready.len() == 0 {
             if let Some(error) = &self.failed {
                 return Err(error.clone());
             }
             match self.jobs.recv().await {
                 Some(Ok(jobs)) if *self.stop.borrow() => drop(jobs),
-                Some(Ok(jobs)) => self.ready.extend(jobs),
+                Some(Ok(jobs)) => self.ready = jobs.into_iter(),
                 Some(Err(error)) => {
                     if !error.is_transient() {
                         self.failed = Some(error.clone());
@@ -226,7 +230,7 @@ impl Worker {
     pub async fn stop(&mut self, grace: Duration) -> usize {
         self.stop.send_replace(true);
         self.jobs.close();
-        self.ready.clear();
+        self.ready = Vec::new().into_iter();
         let all = async {
             while let Some(unseen) = self.jobs.recv().await {
                 drop(unseen);
@@ -252,7 +256,7 @@ struct Turn {
     partition: u32,
     /// One more request beside the first, while it brings all it asks for.
     is_extra: bool,
-    /// Whether it gave all that was asked last time.
+    /// Whether it gave most of what was asked last time.
     hot: bool,
     not_before: Instant,
     failing_since: Option<Instant>,
@@ -279,7 +283,10 @@ struct Taker {
     options: WorkerOptions,
     idle: VecDeque<Turn>,
     partition_count: usize,
+    /// Partitions that gave most of what was asked last time.
     hot_count: usize,
+    /// Requests without an answer, by partition.
+    under_way: HashMap<u32, usize>,
     /// Turns of each partition beside the first.
     extra: HashMap<u32, usize>,
     places: Arc<Semaphore>,
@@ -292,6 +299,7 @@ impl Taker {
         loop {
             let due = self.idle.iter().map(|turn| turn.not_before).min();
             let now = Instant::now();
+            let worth_asking = self.worth_asking(now);
             tokio::select! {
                 biased;
                 _ = stopped.wait_for(|stop| *stop) => break,
@@ -300,8 +308,10 @@ impl Taker {
                         break;
                     }
                 }
-                place = self.places.clone().acquire_owned(), if due.is_some_and(|due| due <= now) => match place {
-                    Ok(place) => self.poll(place, now),
+                places = self.places.clone().acquire_many_owned(worth_asking),
+                    if due.is_some_and(|due| due <= now) => match places
+                {
+                    Ok(places) => self.poll(places, now),
                     Err(_) => break,
                 },
                 () = sleep_until(due.unwrap_or(now)), if due.is_some_and(|due| due > now) => {}
@@ -313,18 +323,32 @@ impl Taker {
         }
     }
 
+    /// Most jobs of one request: with several under way, all of them together ask for all.
+    fn share(&self) -> usize {
+        self.options.parallelism.div_ceil(limits::WORK_COUNT_MAX).min(wire_limits::WORK_JOB_COUNT_MAX as usize)
+    }
+
+    /// Free places that make the next request worth its while. Any number will do for the first
+    /// one of a partition; one more waits for company.
+    fn worth_asking(&self, now: Instant) -> u32 {
+        let next = self.idle.iter().find(|turn| turn.not_before <= now);
+        let is_more = next.is_some_and(|turn| turn.hot && self.under_way.contains_key(&turn.partition));
+        if is_more { self.share().div_ceil(2) as u32 } else { 1 }
+    }
+
     fn poll(&mut self, mut places: OwnedSemaphorePermit, now: Instant) {
         let Some(index) = self.idle.iter().position(|turn| turn.not_before <= now) else { return };
         let Some(turn) = self.idle.remove(index) else { return };
         if turn.hot {
             // Its fair share: what is free now, divided by those that have jobs too.
             let more = self.places.available_permits() / self.hot_count.max(1);
-            let more = more.min(wire_limits::WORK_JOB_COUNT_MAX as usize - 1);
+            let more = more.min(self.share().saturating_sub(places.num_permits()));
             if let Ok(more) = self.places.clone().try_acquire_many_owned(more as u32) {
                 places.merge(more);
             }
         }
         let asked = places.num_permits();
+        *self.under_way.entry(turn.partition).or_default() += 1;
         let wait = if self.hot_count > 0 {
             SHORT_WAIT
         } else if self.options.parallelism >= self.partition_count {
@@ -359,14 +383,21 @@ impl Taker {
     /// Acts on an answer; `false` when the worker cannot go on.
     fn polled(&mut self, polled: Polled) -> bool {
         let Polled { mut turn, asked, places, answer } = polled;
-        self.hot_count -= usize::from(turn.hot);
+        if let Some(count) = self.under_way.get_mut(&turn.partition) {
+            *count -= 1;
+            if *count == 0 {
+                self.under_way.remove(&turn.partition);
+            }
+        }
+        self.hot_count -= usize::from(turn.hot && !turn.is_extra);
         turn.hot = false;
         let answer = match answer {
             Ok(answer) => answer,
             Err(error) => return self.refused(turn, error),
         };
         turn.failing_since = None;
-        turn.hot = !answer.0.is_empty() && answer.0.len() >= asked;
+        // The server rather ends with a batch than to give half of the next one.
+        turn.hot = !answer.0.is_empty() && answer.0.len() >= asked.div_ceil(2);
         self.hand_out(turn.partition, places, answer);
         if turn.is_extra && !turn.hot {
             self.drop_extra(turn.partition);
@@ -375,10 +406,9 @@ impl Taker {
         let extra = self.extra.entry(turn.partition).or_default();
         if turn.hot && *extra < limits::WORK_COUNT_MAX - 1 {
             *extra += 1;
-            self.hot_count += 1;
             self.idle.push_back(Turn { is_extra: true, hot: true, ..Turn::new(turn.partition) });
         }
-        self.hot_count += usize::from(turn.hot);
+        self.hot_count += usize::from(turn.hot && !turn.is_extra);
         self.idle.push_back(turn);
         true
     }

@@ -118,6 +118,25 @@ async fn no_more_jobs_are_held_than_allowed() {
 }
 
 #[tokio::test]
+async fn every_place_is_used_though_requests_wait_for_company() {
+    let (bus, client) = bus_with(2_000, 1).await;
+    let mut worker = worker(&client, 97).await;
+    let mut held = Vec::new();
+    for _ in 0..10 {
+        while held.len() < 97 {
+            held.extend(worker.next_many(97).await.unwrap().unwrap());
+        }
+        assert_eq!(held.len(), 97);
+        // A few at a time: too few for more than one request.
+        assert!(Job::ack_all(held.drain(..5).collect()).await.is_empty());
+    }
+    let settled = |bus: &Bus| bus.state().partition("x.jobs", 0).queues["g"].settled.len();
+    assert_eq!(settled(&bus), 50);
+    assert!(Job::ack_all(held).await.is_empty());
+    assert_eq!((settled(&bus), worker.stop(Duration::from_secs(5)).await), (142, 0), "every place is free again");
+}
+
+#[tokio::test]
 async fn a_job_that_is_dropped_or_given_back_comes_again() {
     let (_bus, client) = bus_with(1, 1).await;
     let mut worker = worker(&client, 2).await;

@@ -267,3 +267,51 @@ async fn what_no_worker_may_ask_is_refused_by_name() {
     }
     assert_eq!(jobs.work(work(1, 0), None).await.unwrap_err().field, "group");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_grant_ends_with_a_batch_rather_than_in_the_midst_of_one() {
+    let cluster = Cluster::start(1).await;
+    let jobs = cluster.leader(JOBS).await;
+    for _ in 0..4 {
+        put_jobs(&jobs, 6).await;
+    }
+    let work_some = async |job_count_max| {
+        let (leased, batches) = jobs.work(work(job_count_max, 20_000), None).await.unwrap();
+        (leased.leases.len(), batches.len())
+    };
+    // Not when less than half of what was asked for would come.
+    assert_eq!(work_some(4).await, (4, 1));
+    assert_eq!(work_some(5).await, (5, 2));
+    assert_eq!(work_some(5).await, (3, 1));
+    assert_eq!(work_some(100).await, (12, 2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jobs_that_lie_on_the_disk_come_whole_and_in_order_to_workers_of_two_groups() {
+    let cluster = Cluster::start(1).await;
+    let jobs = cluster.leader(JOBS).await;
+    let big = "j".repeat(128 << 10);
+    // More than the log keeps in memory.
+    let count = 2 * limits::RECENT_SIZE_MAX / big.len();
+    for first in (0..count).step_by(4) {
+        let payloads = (first..first + 4).map(|at| format!("{at} {big}"));
+        jobs.produce(produce_to(JOBS), batch_of(payloads, None)).await.unwrap();
+    }
+    assert!(!jobs.group().log().is_recent(arqon_proto::Offset(0)));
+    let mut seen = [0, 0];
+    while seen[0] < count as u64 {
+        for (group, next) in ["g", "h"].into_iter().zip(&mut seen) {
+            let request = wire::Work { group: group.into(), ..work(30, 20_000) };
+            let (leased, batches) = timeout(PATIENCE, jobs.work(request, None)).await.unwrap().unwrap();
+            let payloads = payloads(&batches);
+            for lease in &leased.leases {
+                let (_, payload) = payloads.iter().find(|(offset, _)| *offset == lease.offset).unwrap();
+                assert_eq!((lease.offset, payload.starts_with(&format!("{next} j"))), (*next, true));
+                *next += 1;
+            }
+            let ack = wire::Ack { group: group.into(), ..ack(&leased.leases) };
+            assert!(jobs.ack(ack).await.unwrap().lost.is_empty());
+        }
+    }
+    assert_eq!(seen, [count as u64; 2]);
+}
