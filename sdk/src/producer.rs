@@ -5,7 +5,7 @@ use std::{
     fmt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -104,7 +104,7 @@ impl ProducerOptions {
 /// Events of one partition stand in the log in the order of `send`. Each carries a producer id
 /// and a sequence, so that an event that is sent again (after a lost connection or a change of
 /// leader) still stands there once. With a key, the partition is `xxh3_64(key) % partitions`;
-/// without, one partition is used batch by batch in turn.
+/// without, each partition in turn gets what is sent in the time of a linger, or a full batch.
 ///
 /// ```no_run
 /// # async fn example(client: arqon_sdk::Client) -> Result<(), arqon_sdk::Error> {
@@ -133,13 +133,46 @@ struct Shared {
     producer_id: [u8; 16],
     request_timeout: Duration,
     partition_count: u32,
-    /// The partition of events without a key.
-    turn: AtomicU32,
+    turn: Turn,
     /// Bytes of events that may still be taken.
     room: Semaphore,
     /// Batches that have left and are not resolved.
     under_way: AtomicUsize,
     spare: Arc<Spare>,
+}
+
+/// Whose turn it is to get the events without a key.
+struct Turn {
+    partition_count: u32,
+    partition: AtomicU32,
+    began: Instant,
+    /// When it moved last, in microseconds after `began`.
+    moved_us: AtomicU64,
+    /// It stays with a partition for this long, so that what is sent together goes together.
+    stay: Duration,
+}
+
+impl Turn {
+    fn new(partition_count: u32, stay: Duration) -> Self {
+        let partition = AtomicU32::new(rand::random_range(0..partition_count));
+        Self { partition_count, partition, began: Instant::now(), moved_us: AtomicU64::new(0), stay }
+    }
+
+    fn partition(&self) -> u32 {
+        self.partition.load(Ordering::Relaxed)
+    }
+
+    /// A batch to `partition` takes no more events; `is_full` says that it had its share of them.
+    fn batch_closed(&self, partition: u32, is_full: bool) {
+        let now = self.began.elapsed();
+        if !is_full && now < Duration::from_micros(self.moved_us.load(Ordering::Relaxed)) + self.stay {
+            return;
+        }
+        let next = (partition + 1) % self.partition_count;
+        if self.partition.compare_exchange(partition, next, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.moved_us.store(now.as_micros() as u64, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Shared {
@@ -149,7 +182,7 @@ impl Shared {
             producer_id: options.producer_id.unwrap_or_else(|| Uuid::new_v4().into_bytes()),
             request_timeout,
             partition_count,
-            turn: AtomicU32::new(rand::random_range(0..partition_count)),
+            turn: Turn::new(partition_count, options.linger),
             room: Semaphore::new(options.buffer_size),
             under_way: AtomicUsize::new(0),
             spare: Arc::default(),
@@ -221,7 +254,7 @@ impl Producer {
         let shared = &self.inner.shared;
         let partition = match shared.options.partition {
             Some(partition) => partition,
-            None if record.key.is_empty() => shared.turn.load(Ordering::Relaxed) % shared.partition_count,
+            None if record.key.is_empty() => shared.turn.partition(),
             None => partition_of(record.key, shared.partition_count),
         };
         let delivery = self.line(partition).add(|building| building.add(record, event.id))?;
@@ -384,16 +417,14 @@ impl Building {
 
     /// Closes the batch under construction.
     fn seal(&mut self) {
-        if let Some(open) = self.take_open() {
+        if let Some(open) = self.take_open(true) {
             self.full.push_back(open);
         }
     }
 
-    fn take_open(&mut self) -> Option<Open> {
+    fn take_open(&mut self, is_full: bool) -> Option<Open> {
         let open = self.open.take()?;
-        let next = (self.partition + 1) % self.shared.partition_count;
-        let turn = &self.shared.turn;
-        let _not_its_turn = turn.compare_exchange(self.partition, next, Ordering::Relaxed, Ordering::Relaxed);
+        self.shared.turn.batch_closed(self.partition, is_full);
         Some(open)
     }
 
@@ -415,7 +446,8 @@ impl Supply for Building {
         let next = self.full.pop_front().or_else(|| {
             let open = self.open.as_ref()?;
             let leaves = open.leaves || is_eager || open.linger_end <= Instant::now();
-            if leaves { self.take_open() } else { None }
+            let is_full = open.builder.size() >= self.shared.options.batch_size.min(limits::BATCH_SIZE);
+            if leaves { self.take_open(is_full) } else { None }
         });
         self.under_way = under_way + usize::from(next.is_some());
         if next.is_some() {
@@ -511,5 +543,27 @@ mod tests {
         assert_eq!(size(building.next(2)), None);
         // One of the two was answered.
         assert_eq!(size(building.next(1)), Some(1));
+    }
+
+    #[test]
+    fn the_turn_moves_after_a_linger_or_a_full_batch() {
+        let hour = Turn::new(3, Duration::from_secs(3_600));
+        let first = hour.partition();
+        hour.batch_closed(first, false);
+        assert_eq!(hour.partition(), first, "sent together, kept together");
+        hour.batch_closed(first, true);
+        assert_eq!(hour.partition(), (first + 1) % 3);
+        hour.batch_closed(first, true);
+        assert_eq!(hour.partition(), (first + 1) % 3, "it was another's turn");
+
+        let none = Turn::new(3, Duration::ZERO);
+        let partitions: Vec<_> = (0..3)
+            .map(|_| {
+                let partition = none.partition();
+                none.batch_closed(partition, false);
+                partition
+            })
+            .collect();
+        assert!((0..3).all(|partition| partitions.contains(&partition)), "{partitions:?}");
     }
 }

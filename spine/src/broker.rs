@@ -508,8 +508,8 @@ pub(crate) struct BrokerServices {
 }
 
 impl BrokerServices {
-    pub(crate) fn new(broker: Weak<Broker>) -> Self {
-        Self { broker, ahead: Ahead::default() }
+    pub(crate) fn new(broker: Weak<Broker>, ahead: Ahead) -> Self {
+        Self { broker, ahead }
     }
 }
 

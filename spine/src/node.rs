@@ -27,7 +27,7 @@ use crate::{
     metadata::MetadataGroup,
     metrics::Metrics,
     operators::{self, OperatorKey, Operators, Seen},
-    partition::Partition,
+    partition::{Ahead, Partition},
     replicas::Replicas,
     session,
     tls::Tls,
@@ -63,6 +63,9 @@ pub enum StartError {
     /// The metadata replica cannot be opened.
     #[error("data: {0}")]
     Metadata(#[from] arqon_raft::OpenError),
+    /// The threads that read old data cannot be started.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
 }
 
 /// Ports that are bound already, so that a cluster can be configured with ports that the
@@ -158,6 +161,7 @@ impl Node {
             admin_port.map_err(refused)?,
         );
 
+        let ahead = Ahead::start().map_err(StartError::Thread)?;
         let node = config.node_id();
         let identity = Identity { cluster: config.cluster.clone(), node };
         let options = Options { backend: backend(config.storage.backend), ..Options::default() };
@@ -193,7 +197,7 @@ impl Node {
             leaders: Mutex::new(HashMap::new()),
         });
         answer_forwards(&broker);
-        let tasks = start_tasks(&broker);
+        let tasks = start_tasks(&broker, ahead);
         let edges = vec![
             tokio::spawn(session::serve(broker.clone(), client, client_tls)),
             tokio::spawn(control::serve(broker.clone(), control_port, control_server)),
@@ -268,8 +272,8 @@ fn answer_forwards(broker: &Arc<Broker>) {
     }));
 }
 
-fn start_tasks(broker: &Arc<Broker>) -> Vec<JoinHandle<()>> {
-    let services = Arc::new(BrokerServices::new(Arc::downgrade(broker)));
+fn start_tasks(broker: &Arc<Broker>, ahead: Ahead) -> Vec<JoinHandle<()>> {
+    let services = Arc::new(BrokerServices::new(Arc::downgrade(broker), ahead));
     let replicas = broker.replicas.clone().run(broker.metadata.watch(), services, broker.stopping.subscribe());
     vec![
         tokio::spawn(broker.metadata.clone().run_duties(broker.nodes.clone())),

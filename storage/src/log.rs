@@ -262,6 +262,13 @@ impl Log {
         self.core.lock().flushed
     }
 
+    /// Bytes of entries that all logs of the store have written since it was opened: whoever reads
+    /// sees by it whether others append.
+    #[must_use]
+    pub fn store_written_size(&self) -> u64 {
+        self.core.engine.metrics.written_size.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     /// Offset of the first record retained, or of the next one when none is.
     #[must_use]
     pub fn log_start(&self) -> Offset {

@@ -5,11 +5,12 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
-use arqon_sdk::{Client, ConsumerOptions, From};
-use tokio::time::Instant;
+use arqon_sdk::{Client, ConsumerOptions, From, Options};
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     Bench, client,
@@ -31,13 +32,15 @@ const RATE: u32 = 5_000;
 /// Bytes of payload written before: many times what nodes keep in memory.
 const OLD_SIZE: u64 = 3 << 30;
 const ROUND_COUNT: usize = 5;
+/// How far the reader stands back, as `nice` counts it.
+const READER_NICENESS: i32 = 19;
 
 pub async fn measure(bench: &Bench<'_>) -> Result<Vec<Line>, String> {
     bench.note(&format!("{CASE}: {NODE_COUNT} nodes, {PARTITION_COUNT} partitions, {RATE} messages a second"));
     let (cluster, data) = bench.cluster(NODE_COUNT).await?;
     cluster.create_topic(TOPIC, PARTITION_COUNT).await.map_err(text)?;
     let publisher = client(&cluster).await?;
-    let reader = client(&cluster).await?;
+    let (servers, token) = (cluster.server().to_owned(), cluster.token().to_owned());
     let old_size = if bench.args.quick { OLD_SIZE / 6 } else { OLD_SIZE };
     let load = Load {
         spread: Spread::InTurn,
@@ -58,15 +61,11 @@ pub async fn measure(bench: &Bench<'_>) -> Result<Vec<Line>, String> {
         let pids = cluster.pids();
         let used = cpu::seconds(&pids)?;
         let size = Arc::new(AtomicU64::new(0));
-        let reading = tokio::spawn(read_old(reader.clone(), Arc::clone(&size)));
+        let reading = Reading::start(servers.clone(), token.clone(), Arc::clone(&size))?;
         let begin = Instant::now();
         let measured = steady(&publisher, TOPIC, &payloads, RATE, time).await?;
         read_rates.push(size.load(Ordering::Relaxed) as f64 / 1e6 / begin.elapsed().as_secs_f64());
-        if reading.is_finished() {
-            reading.await.map_err(text)??;
-        } else {
-            reading.abort();
-        }
+        reading.stop()?;
         read_cpu.push((cpu::seconds(&pids)? - used) / begin.elapsed().as_secs_f64());
         beside.push(measured);
     }
@@ -85,8 +84,40 @@ pub async fn measure(bench: &Bench<'_>) -> Result<Vec<Line>, String> {
     ])
 }
 
+/// A reader on a thread of its own, which takes the processors that others leave: it stands for a
+/// machine of its own, and what is measured is what the nodes do for it.
+struct Reading {
+    stop: oneshot::Sender<()>,
+    thread: JoinHandle<Result<(), String>>,
+}
+
+impl Reading {
+    fn start(servers: String, token: String, size: Arc<AtomicU64>) -> Result<Self, String> {
+        let (stop, stopped) = oneshot::channel();
+        let read = move || {
+            rustix::process::setpriority_process(None, READER_NICENESS).map_err(text)?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(text)?;
+            runtime.block_on(async move {
+                tokio::select! {
+                    ended = read_old(&servers, token, size) => ended,
+                    _ = stopped => Ok(()),
+                }
+            })
+        };
+        let thread = thread::Builder::new().name("reader".to_owned()).spawn(read).map_err(text)?;
+        Ok(Self { stop, thread })
+    }
+
+    fn stop(self) -> Result<(), String> {
+        // It may have ended, with an error.
+        let _ended = self.stop.send(());
+        self.thread.join().map_err(|_| "the reader panicked".to_owned())?
+    }
+}
+
 /// Reads the topic from its start, as fast as it comes, for ever.
-async fn read_old(client: Client, size: Arc<AtomicU64>) -> Result<(), String> {
+async fn read_old(servers: &str, token: String, size: Arc<AtomicU64>) -> Result<(), String> {
+    let client = Client::connect(Options::new(servers.split(','), token)).await.map_err(text)?;
     loop {
         let options = ConsumerOptions { from: From::Earliest, stop_at_end: true, ..ConsumerOptions::default() };
         let mut consumer = client.consumer(TOPIC, options).await.map_err(text)?;

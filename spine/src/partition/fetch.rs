@@ -24,7 +24,7 @@ impl Partition {
         let term = if request.any_replica { None } else { Some(replica.require_leader()?) };
         if request.linearizable {
             replica.require_leader()?;
-            let confirmed = replica.group.confirm_leader().await;
+            let confirmed = Box::pin(replica.group.confirm_leader()).await;
             confirmed.map_err(|_| replica.not_leader())?;
         }
         let wait_ms = request.wait_ms.min(limits::POLL_WAIT_MS_MAX);
@@ -121,7 +121,7 @@ impl Replica {
     ) -> Result<Result<Vec<Batch>, ReadError>, wire::Error> {
         let (log, kept, group) = (self.group.log(), self.services.ahead(), self.group.id());
         let place = Place { group, offset };
-        let reading = kept.take(place).unwrap_or_else(|| ahead::read(log, offset, through, size_max));
+        let reading = kept.take(place).unwrap_or_else(|| kept.read(log, offset, through, size_max));
         let mut batches = match reading.await.map_err(|_| self.not_leader())? {
             Ok(batches) => batches,
             Err(cause) => return Ok(Err(cause)),
@@ -129,7 +129,7 @@ impl Replica {
         ahead::cut(&mut batches, size_max);
         let next = batches.last().map(|batch| batch.header.next_offset());
         if let Some(offset) = next.filter(|next| *next < end && !log.is_recent(*next)) {
-            kept.keep(Place { group, offset }, ahead::read(log, offset, through, size_max));
+            kept.keep(Place { group, offset }, size_max, kept.read(log, offset, through, size_max));
         }
         Ok(Ok(batches))
     }

@@ -149,8 +149,9 @@ impl<'a> Grants<'a> {
                 rest.push(batch.clone());
             }
             let more = (*size_max).clamp(READ_SIZE, AHEAD_SIZE_MAX).saturating_sub(size);
+            let kept = self.replica.services.ahead();
             let reading = ahead::read_on(rest, log, Offset(end), through, more);
-            self.replica.services.ahead().keep(Place { group: self.replica.group.id(), offset }, reading);
+            kept.keep(Place { group: self.replica.group.id(), offset }, size + more, reading);
         }
     }
 
@@ -272,7 +273,7 @@ impl Replica {
         let reading = match (kept, readable.index) {
             (Some(reading), _) => reading,
             (None, Some(through)) if offset < readable.next_offset && !log.is_recent(offset) => {
-                ahead::read(log, offset, through, READ_SIZE)
+                ahead::read_jobs(log, offset, through, READ_SIZE)
             }
             _ => return Vec::new(),
         };

@@ -6,6 +6,9 @@
 //! | requests not answered yet | 96 MiB | 32 MiB | the reader, before the next frame |
 //! | answers not sent yet | 96 MiB | a part of what is free, or one answer | the answer, not read from the log yet |
 //!
+//! Requests that are not writes take a place each, since most of them wait in the node for something to
+//! happen: 16,384 in all, of which a connection takes an eighth of what is free, or 64. More are refused.
+//!
 //! A connection holds at most a sixteenth of what is free of the answers' memory, and answers are read
 //! no larger than that, so dozens of clients that do not read leave room for those that do. Very many
 //! of them, or answers that cannot be smaller because they are one large batch, may take all there is:
@@ -24,6 +27,10 @@ const SENDING_SIZE_MAX: usize = 16 << 20;
 const FREE_PART: usize = 16;
 /// Answers are not made smaller than this when memory is short, in bytes.
 const ANSWER_SIZE_LOW: usize = 64 << 10;
+/// One connection may have as many requests as are free, divided by this.
+const FREE_REQUESTS_PART: usize = 8;
+/// A connection may have so many requests while there are places at all.
+const REQUEST_COUNT_LOW: usize = 64;
 /// A client without progress is dropped after this time.
 const STALL_MAX: Duration = Duration::from_secs(30);
 /// The same while others wait for the memory that it holds.
@@ -34,6 +41,7 @@ pub(super) struct Budget {
     frames: Arc<Semaphore>,
     received: Arc<Semaphore>,
     sending: Arc<Semaphore>,
+    requests: Arc<Semaphore>,
 }
 
 impl Budget {
@@ -42,6 +50,7 @@ impl Budget {
             frames: Arc::new(Semaphore::new(limits::PARTIAL_FRAMES_TOTAL_MAX)),
             received: Arc::new(Semaphore::new(limits::RECEIVED_TOTAL_MAX)),
             sending: Arc::new(Semaphore::new(limits::SENDING_TOTAL_MAX)),
+            requests: Arc::new(Semaphore::new(limits::REQUESTS_TOTAL_MAX)),
         }
     }
 
@@ -103,6 +112,13 @@ impl Share {
             sending: Arc::new(Semaphore::new(SENDING_SIZE_MAX)),
             turn: Mutex::new(()),
         }
+    }
+
+    /// A place for one more request that is not a write, for a connection that has `count`.
+    pub(super) fn try_request(&self, count: usize) -> Option<OwnedSemaphorePermit> {
+        let requests = &self.budget.requests;
+        let count_max = (requests.available_permits() / FREE_REQUESTS_PART).max(REQUEST_COUNT_LOW);
+        if count < count_max { try_acquire(requests, 1) } else { None }
     }
 
     /// Waits until a request of `size` bytes may be kept.
@@ -212,5 +228,21 @@ mod tests {
         assert_eq!(budget.frame_stall_max(), STALL_MAX_SHORT);
         drop(held);
         assert!(waiting.await.is_some());
+    }
+
+    #[test]
+    fn connections_that_wait_for_much_leave_places_for_others() {
+        let budget = Arc::new(Budget::new());
+        let take_all = |share: &Share| {
+            let places = (0..limits::CONNECTION_REQUEST_COUNT_MAX).map_while(|count| share.try_request(count));
+            places.collect::<Vec<_>>()
+        };
+        let shares: Vec<_> = (0..16).map(|_| Share::new(budget.clone())).collect();
+        let held: Vec<_> = shares.iter().map(take_all).collect();
+        assert!(held[0].len() > 1_000, "{}", held[0].len());
+        let late = take_all(&Share::new(budget.clone()));
+        assert!(late.len() >= REQUEST_COUNT_LOW, "{}", late.len());
+        drop((held, late));
+        assert_eq!(budget.requests.available_permits(), limits::REQUESTS_TOTAL_MAX);
     }
 }

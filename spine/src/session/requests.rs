@@ -81,7 +81,14 @@ struct Credit {
 // What an answer to a request is sent with.
 struct Ticket {
     request_id: u64,
-    outstanding: OwnedSemaphorePermit,
+    outstanding: Outstanding,
+}
+
+/// The places of one request, until it is answered.
+pub(super) struct Outstanding {
+    _of_connection: OwnedSemaphorePermit,
+    /// Of all but writes.
+    _of_node: Option<OwnedSemaphorePermit>,
 }
 
 impl Requests {
@@ -128,10 +135,9 @@ impl Requests {
             }
             _ => {}
         }
-        let Ok(outstanding) = shared.outstanding.clone().try_acquire_owned() else {
-            let message = format!("{} requests are outstanding already", limits::CONNECTION_REQUEST_COUNT_MAX);
-            let refused = wire::Error { retry_after_ms: RETRY_AFTER_MS, ..error(ErrorCode::Overloaded, message) };
-            return self.send(request_id, Body::Error(refused)).await;
+        let outstanding = match shared.place(matches!(request, Body::Produce(_))) {
+            Ok(outstanding) => outstanding,
+            Err(refused) => return self.send(request_id, Body::Error(refused)).await,
         };
         let ticket = Ticket { request_id, outstanding };
         match request {
@@ -156,7 +162,7 @@ impl Requests {
                 () = async {
                     let answer = shared.handle(request).await;
                     drop(received);
-                    shared.answer(ticket, answer).await;
+                    Box::pin(shared.answer(ticket, answer)).await;
                 } => {}
                 // Long-polls do not outlive their session.
                 _ = ended.wait_for(|ended| *ended) => {}
@@ -167,6 +173,21 @@ impl Requests {
 }
 
 impl Shared {
+    /// The places of one more request.
+    fn place(&self, is_write: bool) -> Result<Outstanding, wire::Error> {
+        let overloaded =
+            |message| wire::Error { retry_after_ms: RETRY_AFTER_MS, ..error(ErrorCode::Overloaded, message) };
+        let count = limits::CONNECTION_REQUEST_COUNT_MAX - self.outstanding.available_permits();
+        let Ok(of_connection) = self.outstanding.clone().try_acquire_owned() else {
+            return Err(overloaded(format!("{count} requests are outstanding already")));
+        };
+        let of_node = if is_write { None } else { self.share.try_request(count) };
+        if of_node.is_none() && !is_write {
+            return Err(overloaded(format!("{count} requests are outstanding, and the node has few places left")));
+        }
+        Ok(Outstanding { _of_connection: of_connection, _of_node: of_node })
+    }
+
     async fn send_small(&self, request_id: u64, body: Body) -> bool {
         let frame = wire::Frame { request_id, body: Some(body) };
         match encode_frame(&frame, 0) {
@@ -216,9 +237,17 @@ impl Shared {
         partition.submit(request, batch)
     }
 
+    // What waits long and is there in thousands, a fetch at the end of a log, is kept small: all
+    // else has a box of its own.
     async fn handle(&self, request: Body) -> Answer {
         match request {
             Body::Fetch(request) => self.fetch(request).await,
+            other => Box::pin(self.handle_other(other)).await,
+        }
+    }
+
+    async fn handle_other(&self, request: Body) -> Answer {
+        match request {
             Body::Work(request) => self.work(request).await,
             Body::ListOffsets(request) => {
                 authorize(&self.session, Verb::Subscribe, &request.topic)?;
@@ -256,10 +285,9 @@ impl Shared {
         if self.share.try_turn().is_none() {
             // Another answer waits for room: this one is not even read before its turn.
             let turn = self.share.turn().await;
-            let now = wire::Fetch { wait_ms: 0, ..self.sized(&request) };
-            let (fetched, batches) = partition.fetch(now).await?;
+            let (fetched, batches) = self.fetch_now(&partition, &request).await?;
             if !batches.is_empty() || request.wait_ms == 0 {
-                return self.pay_for(&turn, &partition, &request, fetched, batches).await;
+                return Box::pin(self.pay_for(&turn, &partition, &request, fetched, batches)).await;
             }
         }
         let (fetched, batches) = partition.fetch(self.sized(&request)).await?;
@@ -267,13 +295,21 @@ impl Shared {
             return Ok(Reply::plain(Body::Fetched(fetched)));
         }
         if let Some(turn) = self.share.try_turn() {
-            return self.pay_for(&turn, &partition, &request, fetched, batches).await;
+            return Box::pin(self.pay_for(&turn, &partition, &request, fetched, batches)).await;
         }
         drop(batches);
         let turn = self.share.turn().await;
-        let now = wire::Fetch { wait_ms: 0, ..self.sized(&request) };
-        let (fetched, batches) = partition.fetch(now).await?;
-        self.pay_for(&turn, &partition, &request, fetched, batches).await
+        let (fetched, batches) = self.fetch_now(&partition, &request).await?;
+        Box::pin(self.pay_for(&turn, &partition, &request, fetched, batches)).await
+    }
+
+    async fn fetch_now(
+        &self,
+        partition: &Partition,
+        request: &wire::Fetch,
+    ) -> Result<(wire::Fetched, Vec<Batch>), wire::Error> {
+        let now = wire::Fetch { wait_ms: 0, ..self.sized(request) };
+        Box::pin(partition.fetch(now)).await
     }
 
     // No larger than what there may be room for.

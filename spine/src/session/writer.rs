@@ -6,12 +6,15 @@ use arqon_proto::{Batch, Gather, encode_frame, wire};
 use bytes::Bytes;
 use tokio::{
     io::{AsyncWrite, AsyncWriteExt},
-    sync::{OwnedSemaphorePermit, mpsc},
+    sync::mpsc,
     time::{Instant, timeout},
 };
 use wire::frame::Body;
 
-use super::budget::{Budget, Room};
+use super::{
+    budget::{Budget, Room},
+    requests::Outstanding,
+};
 use crate::metrics::Metrics;
 
 /// How often a client that takes no bytes is looked at.
@@ -37,7 +40,7 @@ pub(super) struct Outgoing {
     held: Held,
 }
 
-type Held = (Option<Room>, Option<OwnedSemaphorePermit>);
+type Held = (Option<Room>, Option<Outstanding>);
 
 impl Outgoing {
     /// An answer without batches.

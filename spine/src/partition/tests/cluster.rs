@@ -122,7 +122,7 @@ impl Cluster {
             partitions: Mutex::default(),
             now_ms: AtomicU64::new(1_000_000),
             lost_answer_count: AtomicU64::new(0),
-            ahead: Ahead::default(),
+            ahead: Ahead::start().unwrap(),
         });
         let dirs = (0..node_count).map(|_| tempfile::tempdir().unwrap()).collect();
         let mut cluster = Self { shared, hosts: Vec::new(), metrics: Arc::default(), dirs };
