@@ -66,7 +66,7 @@ pub const RECENT_SIZE_MAX: usize = 32 << 20;
 pub const RECENT_TOTAL_MAX: usize = 128 << 20;
 /// Requests that one client connection may have outstanding.
 pub const CONNECTION_REQUEST_COUNT_MAX: usize = 8_192;
-/// Requests that are not writes and not answered yet, of all connections to a node.
+/// Fetches and requests for jobs not answered yet, of all connections to a node.
 pub const REQUESTS_TOTAL_MAX: usize = 16_384;
 /// Client connections per node.
 pub const CONNECTION_COUNT_MAX: usize = 10_000;

@@ -25,10 +25,10 @@ use tokio::{sync::oneshot, task::spawn_blocking};
 const PART_COUNT_MAX: usize = 8;
 /// Bytes that they ask for together, at most, unless one part alone asks for more.
 const PARTS_SIZE_MAX: usize = 32 << 20;
+/// Read at a time by [`read_on`], in bytes.
+const STEP_SIZE: usize = 1 << 20;
 /// Threads that read. A disk gives nearly all that it has to one or two.
 const THREAD_COUNT: usize = 2;
-/// Read at a time by [`Ahead::read_on`], in bytes.
-const STEP_SIZE: usize = 1 << 20;
 /// How far they stand back, as `nice` counts it.
 const THREAD_NICENESS: i32 = 10;
 /// A pause is so many times as long as the thread waited for a processor while it read.
@@ -176,6 +176,8 @@ fn run(queue: &Mutex<mpsc::Receiver<Job>>) {
         // A broken read must not end the reads of all others.
         drop(catch_unwind(AssertUnwindSafe(read)));
         let written = log.store_written_size();
+        // A log that somebody closes must not stay open for a pause.
+        drop(log);
         let others_append = std::mem::replace(&mut written_before, written) != written;
         if let (true, Some(before), Some(after)) = (others_append, waited, waited_for_processor()) {
             let pause = after.saturating_sub(before) * PAUSE_FACTOR;

@@ -6,8 +6,8 @@
 //! | requests not answered yet | 96 MiB | 32 MiB | the reader, before the next frame |
 //! | answers not sent yet | 96 MiB | a part of what is free, or one answer | the answer, not read from the log yet |
 //!
-//! Requests that are not writes take a place each, since most of them wait in the node for something to
-//! happen: 16,384 in all, of which a connection takes an eighth of what is free, or 64. More are refused.
+//! Requests that may wait in the node for something to happen (fetches, requests for jobs) take a place each:
+//! 16,384 in all, of which a connection takes an eighth of what is free, or 64. More are refused.
 //!
 //! A connection holds at most a sixteenth of what is free of the answers' memory, and answers are read
 //! no larger than that, so dozens of clients that do not read leave room for those that do. Very many
@@ -27,9 +27,9 @@ const SENDING_SIZE_MAX: usize = 16 << 20;
 const FREE_PART: usize = 16;
 /// Answers are not made smaller than this when memory is short, in bytes.
 const ANSWER_SIZE_LOW: usize = 64 << 10;
-/// One connection may have as many requests as are free, divided by this.
+/// One connection may have as many places for requests that wait as are free, divided by this.
 const FREE_REQUESTS_PART: usize = 8;
-/// A connection may have so many requests while there are places at all.
+/// A connection may have so many of them while there are any.
 const REQUEST_COUNT_LOW: usize = 64;
 /// A client without progress is dropped after this time.
 const STALL_MAX: Duration = Duration::from_secs(30);
@@ -89,10 +89,11 @@ pub(super) struct Share {
     budget: Arc<Budget>,
     received: Arc<Semaphore>,
     sending: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
     turn: Mutex<()>,
 }
 
-/// Memory of the connection and of the node, until it is dropped.
+/// Memory or a place, of the connection and of the node, until it is dropped.
 pub(super) struct Room {
     _of_connection: OwnedSemaphorePermit,
     _of_node: OwnedSemaphorePermit,
@@ -110,15 +111,20 @@ impl Share {
             budget,
             received: Arc::new(Semaphore::new(RECEIVED_SIZE_MAX)),
             sending: Arc::new(Semaphore::new(SENDING_SIZE_MAX)),
+            waiting: Arc::new(Semaphore::new(limits::CONNECTION_REQUEST_COUNT_MAX)),
             turn: Mutex::new(()),
         }
     }
 
-    /// A place for one more request that is not a write, for a connection that has `count`.
-    pub(super) fn try_request(&self, count: usize) -> Option<OwnedSemaphorePermit> {
+    /// A place for one more request that may wait.
+    pub(super) fn try_wait(&self) -> Option<Room> {
         let requests = &self.budget.requests;
         let count_max = (requests.available_permits() / FREE_REQUESTS_PART).max(REQUEST_COUNT_LOW);
-        if count < count_max { try_acquire(requests, 1) } else { None }
+        let count = limits::CONNECTION_REQUEST_COUNT_MAX - self.waiting.available_permits();
+        if count >= count_max {
+            return None;
+        }
+        Some(Room { _of_node: try_acquire(requests, 1)?, _of_connection: try_acquire(&self.waiting, 1)? })
     }
 
     /// Waits until a request of `size` bytes may be kept.
@@ -234,7 +240,7 @@ mod tests {
     fn connections_that_wait_for_much_leave_places_for_others() {
         let budget = Arc::new(Budget::new());
         let take_all = |share: &Share| {
-            let places = (0..limits::CONNECTION_REQUEST_COUNT_MAX).map_while(|count| share.try_request(count));
+            let places = (0..limits::CONNECTION_REQUEST_COUNT_MAX).map_while(|_| share.try_wait());
             places.collect::<Vec<_>>()
         };
         let shares: Vec<_> = (0..16).map(|_| Share::new(budget.clone())).collect();

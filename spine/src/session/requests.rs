@@ -86,9 +86,9 @@ struct Ticket {
 
 /// The places of one request, until it is answered.
 pub(super) struct Outstanding {
-    _of_connection: OwnedSemaphorePermit,
-    /// Of all but writes.
-    _of_node: Option<OwnedSemaphorePermit>,
+    _request: OwnedSemaphorePermit,
+    /// Of a request that may wait in the node.
+    _wait: Option<Room>,
 }
 
 impl Requests {
@@ -135,7 +135,7 @@ impl Requests {
             }
             _ => {}
         }
-        let outstanding = match shared.place(matches!(request, Body::Produce(_))) {
+        let outstanding = match shared.place(matches!(request, Body::Fetch(_) | Body::Work(_))) {
             Ok(outstanding) => outstanding,
             Err(refused) => return self.send(request_id, Body::Error(refused)).await,
         };
@@ -174,18 +174,20 @@ impl Requests {
 
 impl Shared {
     /// The places of one more request.
-    fn place(&self, is_write: bool) -> Result<Outstanding, wire::Error> {
+    fn place(&self, may_wait: bool) -> Result<Outstanding, wire::Error> {
         let overloaded =
             |message| wire::Error { retry_after_ms: RETRY_AFTER_MS, ..error(ErrorCode::Overloaded, message) };
-        let count = limits::CONNECTION_REQUEST_COUNT_MAX - self.outstanding.available_permits();
-        let Ok(of_connection) = self.outstanding.clone().try_acquire_owned() else {
+        let Ok(request) = self.outstanding.clone().try_acquire_owned() else {
+            let count = limits::CONNECTION_REQUEST_COUNT_MAX;
             return Err(overloaded(format!("{count} requests are outstanding already")));
         };
-        let of_node = if is_write { None } else { self.share.try_request(count) };
-        if of_node.is_none() && !is_write {
-            return Err(overloaded(format!("{count} requests are outstanding, and the node has few places left")));
-        }
-        Ok(Outstanding { _of_connection: of_connection, _of_node: of_node })
+        let wait = if may_wait {
+            let place = self.share.try_wait();
+            Some(place.ok_or_else(|| overloaded("too many fetches and requests for jobs wait already".to_owned()))?)
+        } else {
+            None
+        };
+        Ok(Outstanding { _request: request, _wait: wait })
     }
 
     async fn send_small(&self, request_id: u64, body: Body) -> bool {
