@@ -3,14 +3,17 @@
 
 mod support;
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{net::Ipv4Addr, path::Path, sync::Arc, time::Duration};
 
 use arqon_proto::{Batch, BatchKind, NodeId, Offset, RaftIndex, TlsIdentity, tls_client, tls_server};
 use arqon_raft::{Applied, Group, OpenError, PeerTls, ProposeError};
 use arqon_storage::{Identity, Options, Store};
 use bytes::Bytes;
-use support::{Node, PATIENCE, open_node};
-use tokio::{net::TcpListener, time::timeout};
+use support::{Node, PATIENCE, loopback::own_loopback, open_node};
+use tokio::{
+    net::{TcpListener, ToSocketAddrs},
+    time::timeout,
+};
 
 fn batch(payload: usize) -> Batch {
     support::batch(vec![7; payload])
@@ -27,20 +30,20 @@ struct Cluster {
     nodes: Vec<Option<Node>>,
 }
 
-async fn listener(address: &str) -> TcpListener {
+async fn listener(address: impl ToSocketAddrs) -> TcpListener {
     TcpListener::bind(address).await.unwrap()
 }
 
 impl Cluster {
     async fn start(count: u64) -> Self {
-        Self::start_with(count, None).await
+        Self::start_on(own_loopback(), count, None).await
     }
 
-    async fn start_with(count: u64, tls: Option<PeerTls>) -> Self {
+    async fn start_on(host: Ipv4Addr, count: u64, tls: Option<PeerTls>) -> Self {
         let mut listeners = Vec::new();
         let mut addresses = Vec::new();
         for id in 1..=count {
-            let bound = listener("127.0.0.1:0").await;
+            let bound = listener((host, 0)).await;
             addresses.push((NodeId(id), bound.local_addr().unwrap().to_string()));
             listeners.push(bound);
         }
@@ -135,9 +138,14 @@ async fn what_is_acknowledged_is_on_every_replica_in_order() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_group_that_does_nothing_keeps_its_leader() {
     let mut cluster = Cluster::start(3).await;
-    cluster.publish(1).await;
     let (_, leader) = cluster.leader().await;
     let term = leader.group.status().term;
+    // A majority was enough for the election: the third may not have heard of it yet.
+    for node in cluster.running() {
+        let mut watch = node.group.watch();
+        let heard = watch.wait_for(|status| status.term == term && status.leader.is_some());
+        timeout(PATIENCE, heard).await.expect("all follow").unwrap();
+    }
     // Longer than an election time-out and than openraft's own heartbeats are apart.
     let changes = cluster.running().map(|node| {
         let mut watch = node.group.watch();
@@ -286,15 +294,15 @@ async fn nodes_answer_each_others_requests() {
     assert!(cluster.node(1).host.peer_reachable(NodeId(2)));
 }
 
-/// A CA and a certificate of it for 127.0.0.1.
-fn certificates() -> (String, String, String) {
+/// A CA and a certificate of it for `host`.
+fn certificates(host: Ipv4Addr) -> (String, String, String) {
     let key = rcgen::KeyPair::generate().unwrap();
     let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let ca = params.self_signed(&key).unwrap();
     let issuer = rcgen::Issuer::new(params, key);
     let node_key = rcgen::KeyPair::generate().unwrap();
-    let node = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    let node = rcgen::CertificateParams::new(vec![host.to_string()]).unwrap();
     let node = node.signed_by(&node_key, &issuer).unwrap();
     (ca.pem(), node.pem(), node_key.serialize_pem())
 }
@@ -308,8 +316,9 @@ fn peer_tls(client_of: &(String, String, String), server_of: &(String, String, S
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn peers_with_certificates_of_the_cluster_replicate_over_tls() {
-    let ours = certificates();
-    let cluster = Cluster::start_with(3, Some(peer_tls(&ours, &ours))).await;
+    let host = own_loopback();
+    let ours = certificates(host);
+    let cluster = Cluster::start_on(host, 3, Some(peer_tls(&ours, &ours))).await;
     let last = cluster.publish(1).await;
     cluster.converge(last.position.index).await;
     for node in cluster.running() {
@@ -320,8 +329,9 @@ async fn peers_with_certificates_of_the_cluster_replicate_over_tls() {
 /// The secret may leak; a node without a certificate of the cluster is still kept out.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_with_a_certificate_of_another_ca_is_kept_out() {
-    let (ours, theirs) = (certificates(), certificates());
-    let mut cluster = Cluster::start_with(3, Some(peer_tls(&ours, &ours))).await;
+    let host = own_loopback();
+    let (ours, theirs) = (certificates(host), certificates(host));
+    let mut cluster = Cluster::start_on(host, 3, Some(peer_tls(&ours, &ours))).await;
     cluster.publish(1).await;
     cluster.stop(3).await;
     cluster.tls = Some(peer_tls(&theirs, &ours));

@@ -1,5 +1,8 @@
 //! What the tests of groups share: a small state machine, batches, and a node in this process.
 
+#[allow(dead_code, reason = "not every test restarts a node on its port")]
+pub mod loopback;
+
 use std::{
     sync::{Arc, Mutex},
     time::Duration,

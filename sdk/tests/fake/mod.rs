@@ -2,6 +2,8 @@
 //! It keeps the rules that clients can see: sequences, leases, one result a job, leaders.
 #![expect(dead_code, reason = "each test file uses its own part")]
 
+#[path = "../../../raft/tests/support/loopback.rs"]
+mod loopback;
 mod state;
 
 use std::{
@@ -78,8 +80,9 @@ impl Bus {
     pub async fn start(node_count: usize) -> Self {
         let shared = Arc::new(Shared { state: Mutex::default(), changed: Notify::new(), faults: Mutex::default() });
         let mut bus = Self { shared, nodes: Vec::new(), addresses: Vec::new() };
+        let host = loopback::own_loopback();
         for index in 0..node_count {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let listener = TcpListener::bind((host, 0)).await.unwrap();
             let address = listener.local_addr().unwrap();
             bus.addresses.push(address);
             bus.state().addresses.push(address.to_string());

@@ -1,7 +1,14 @@
 //! A cluster in this process, and a client that speaks raw frames.
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+#[path = "../../../raft/tests/support/loopback.rs"]
+mod loopback;
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+    time::Duration,
+};
 
 use arqon_proto::{
     Batch, BatchBuilder, Claims, Compression, ProducerStamp, Record, TokenAlgorithm, TokenKeyPair, TokenSigner,
@@ -9,6 +16,7 @@ use arqon_proto::{
 };
 use arqon_spine::{Auth, AuthKey, Config, Listen, ListenAddresses, Listeners, Log, Node, Peer, Secret, Storage, Tls};
 use bytes::{Bytes, BytesMut};
+use loopback::own_loopback;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -30,8 +38,9 @@ pub struct Cluster {
     _folder: TempDir,
 }
 
-/// A CA, and a certificate of it with its key for 127.0.0.1; all PEM.
+/// A CA, and a certificate of it with its key for the nodes and for 127.0.0.1; all PEM.
 pub struct Certificates {
+    host: Ipv4Addr,
     pub ca: String,
     pub certificate: String,
     pub key: String,
@@ -39,14 +48,15 @@ pub struct Certificates {
 
 impl Certificates {
     pub fn generate() -> Self {
+        let host = own_loopback();
         let key = rcgen::KeyPair::generate().unwrap();
         let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         let ca = params.self_signed(&key).unwrap().pem();
         let issuer = rcgen::Issuer::new(params, key);
         let key = rcgen::KeyPair::generate().unwrap();
-        let params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
-        Self { ca, certificate: params.signed_by(&key, &issuer).unwrap().pem(), key: key.serialize_pem() }
+        let params = rcgen::CertificateParams::new(vec![host.to_string(), "127.0.0.1".to_owned()]).unwrap();
+        Self { host, ca, certificate: params.signed_by(&key, &issuer).unwrap().pem(), key: key.serialize_pem() }
     }
 
     /// The files `NAME.pem`, `NAME.key.pem` and `NAME.ca.pem`.
@@ -78,7 +88,8 @@ impl Cluster {
         std::fs::write(&public_key_file, &pair.public_key_pem).unwrap();
         let tls = certificates.map(|certificates| certificates.write(folder.path(), "node"));
         let ca = certificates.map(|certificates| certificates.ca.clone().into_bytes());
-        let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let host = certificates.map_or_else(own_loopback, |certificates| certificates.host);
+        let any = SocketAddr::new(host.into(), 0);
         let any = ListenAddresses { client: any, peer: any, control: any, admin: any };
         let bound: Vec<Listeners> = (0..count).map(|_| Listeners::bind(&any).unwrap()).collect();
         let addresses: Vec<ListenAddresses> = bound.iter().map(|bound| bound.addresses().unwrap()).collect();
