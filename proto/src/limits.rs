@@ -63,7 +63,7 @@ pub const APPEND_SIZE_MAX: usize = 1 << 20;
 /// Recent entries kept in memory per group, in bytes.
 pub const RECENT_SIZE_MAX: usize = 32 << 20;
 /// Recent entries kept in memory by all groups of a node together, in bytes.
-pub const RECENT_TOTAL_MAX: usize = 128 << 20;
+pub const RECENT_TOTAL_MAX: usize = 96 << 20;
 /// Requests that one client connection may have outstanding.
 pub const CONNECTION_REQUEST_COUNT_MAX: usize = 8_192;
 /// Fetches and requests for jobs not answered yet, of all connections to a node.
@@ -71,11 +71,11 @@ pub const REQUESTS_TOTAL_MAX: usize = 16_384;
 /// Client connections per node.
 pub const CONNECTION_COUNT_MAX: usize = 10_000;
 /// Requests received and not answered yet, of all connections of a node.
-pub const RECEIVED_TOTAL_MAX: usize = 96 << 20;
+pub const RECEIVED_TOTAL_MAX: usize = 64 << 20;
 /// Answers that were not sent yet, of all connections of a node.
-pub const SENDING_TOTAL_MAX: usize = 96 << 20;
+pub const SENDING_TOTAL_MAX: usize = 64 << 20;
 /// Large frames that are partly received, of all connections of a node.
-pub const PARTIAL_FRAMES_TOTAL_MAX: usize = 64 << 20;
+pub const PARTIAL_FRAMES_TOTAL_MAX: usize = 32 << 20;
 /// Time to complete a handshake, in milliseconds.
 pub const HANDSHAKE_MS_MAX: u64 = 5_000;
 

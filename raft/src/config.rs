@@ -32,6 +32,8 @@ pub(crate) fn raft_config(cluster: &str) -> Arc<Config> {
         // Entries are bounded in bytes by the reader; these only bound the vectors.
         max_payload_entries: 1_024,
         max_append_entries: Some(1_024),
+        // Rings of a statistic that is not compiled in.
+        log_stage_capacity: Some(1),
         ..Config::default()
     };
     let config = config.validate().expect("constants above satisfy openraft's rules");

@@ -2,9 +2,9 @@
 //!
 //! | bytes of | all connections | one connection | who waits |
 //! |---|---|---|---|
-//! | large frames partly received | 64 MiB | one frame | the reader, before it reads on |
-//! | requests not answered yet | 96 MiB | 32 MiB | the reader, before the next frame |
-//! | answers not sent yet | 96 MiB | a part of what is free, or one answer | the answer, not read from the log yet |
+//! | large frames partly received | 32 MiB | one frame | the reader, before it reads on |
+//! | requests not answered yet | 64 MiB | 32 MiB | the reader, before the next frame |
+//! | answers not sent yet | 64 MiB | a part of what is free, or one answer | the answer, not read from the log yet |
 //!
 //! Requests that may wait in the node for something to happen (fetches, requests for jobs) take a place each:
 //! 16,384 in all, of which a connection takes an eighth of what is free, or 64. More are refused.

@@ -19,6 +19,7 @@ mod producers;
 mod queue;
 mod ranges;
 mod results;
+mod scopes;
 #[cfg(test)]
 mod tests;
 
@@ -75,6 +76,9 @@ pub(crate) struct CommandOutcome {
     #[prost(message, repeated, tag = "1")]
     pub lost: Vec<wire::OffsetRange>,
 }
+
+/// Number of the field `producers` of `wire::PartitionState`.
+const PRODUCERS_TAG: u32 = 1;
 
 /// The derived state of one partition.
 #[derive(Debug, Default)]
@@ -150,13 +154,15 @@ impl PartitionState {
     /// The state as bytes, equal on every replica at the same position.
     pub(crate) fn checkpoint(&self) -> Bytes {
         let state = wire::PartitionState {
-            producers: self.producers.encode(),
+            producers: Vec::new(),
             job_scopes: self.results.encode(),
             queues: self.queues.encode(),
             last_time_ms: self.last_time_ms,
             log_start: self.log_start,
         };
-        state.encode_to_vec().into()
+        let mut out = state.encode_to_vec();
+        self.producers.encode(PRODUCERS_TAG, &mut out);
+        out.into()
     }
 
     /// The state that `checkpoint` wrote; no bytes stand for an empty log.

@@ -1,40 +1,18 @@
 //! Producers: contiguous sequences with an epoch.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-
 use arqon_proto::{DecodeError, Header, limits, wire};
+use prost::encoding::message;
 
-use super::{Refused, in_flight::FlightProducer};
-
-type ProducerId = [u8; 16];
+use super::{
+    Refused,
+    in_flight::FlightProducer,
+    scopes::{ProducerId, Scope, Scopes},
+};
 
 /// Every producer scope that the partition remembers.
 #[derive(Debug, Default)]
 pub(super) struct Producers {
-    scopes: HashMap<ProducerId, Scope>,
-    // Turn of the last use -> who. Turns restart at a restore; only their order counts.
-    by_use: BTreeMap<u64, ProducerId>,
-    next_turn: u64,
-}
-
-#[derive(Debug)]
-struct Scope {
-    epoch: u32,
-    next_sequence: u64,
-    last_time_ms: u64,
-    turn: u64,
-    // The newest is last.
-    batches: VecDeque<wire::ProducerBatch>,
-}
-
-impl Scope {
-    /// Offset of `sequence` where one of the remembered batches holds it.
-    fn offset_of(&self, sequence: u64) -> Option<u64> {
-        let held = |batch: &&wire::ProducerBatch| {
-            batch.sequence <= sequence && sequence - batch.sequence < u64::from(batch.count)
-        };
-        self.batches.iter().rev().find(held).map(|batch| batch.offset + (sequence - batch.sequence))
-    }
+    scopes: Scopes,
 }
 
 impl Producers {
@@ -74,94 +52,83 @@ impl Producers {
     /// # Panics
     /// On a sequence or an epoch that the leader had to refuse.
     pub(super) fn record(&mut self, header: &Header) {
-        let turn = self.next_turn;
-        self.next_turn += 1;
+        let batch = wire::ProducerBatch {
+            sequence: header.base_sequence,
+            count: header.record_count,
+            offset: header.base_offset.0,
+        };
         let (first, epoch) = (header.base_sequence, header.producer_epoch);
         // A scope may have been forgotten between the leader's check and now: that is the only
         // way to a gap, and it starts a new scope here.
-        let scope = self.scopes.entry(header.producer_id).or_insert_with(|| Scope {
-            epoch,
-            next_sequence: first,
-            last_time_ms: 0,
-            turn,
-            batches: VecDeque::new(),
-        });
+        let Some(scope) = self.scopes.touch(&header.producer_id) else {
+            self.scopes.insert(header.producer_id, Scope::new(epoch, header.time_ms, batch));
+            return;
+        };
         assert!(epoch >= scope.epoch, "a fenced producer's batch at offset {} was committed", header.base_offset);
         if epoch > scope.epoch {
-            scope.epoch = epoch;
-            scope.next_sequence = 0;
-            scope.batches.clear();
+            scope.restart(epoch, batch);
+        } else {
+            assert!(
+                first >= scope.next_sequence,
+                "sequence {first} at offset {} is a duplicate, the next one is {}",
+                header.base_offset,
+                scope.next_sequence
+            );
+            scope.push(batch);
         }
-        assert!(
-            first >= scope.next_sequence,
-            "sequence {first} at offset {} is a duplicate, the next one is {}",
-            header.base_offset,
-            scope.next_sequence
-        );
-        scope.next_sequence = first + u64::from(header.record_count);
         scope.last_time_ms = header.time_ms;
-        self.by_use.remove(&scope.turn);
-        scope.turn = turn;
-        self.by_use.insert(turn, header.producer_id);
-        if scope.batches.len() == limits::PRODUCER_BATCH_COUNT {
-            scope.batches.pop_front();
-        }
-        scope.batches.push_back(wire::ProducerBatch {
-            sequence: first,
-            count: header.record_count,
-            offset: header.base_offset.0,
-        });
     }
 
     /// Forgets who has been silent for too long at `time_ms`, and the least recently used
     /// above the limit. The one used last always stays.
     pub(super) fn expire(&mut self, time_ms: u64) {
-        while self.by_use.len() > 1 {
-            let Some((turn, id)) = self.by_use.first_key_value().map(|(turn, id)| (*turn, *id)) else { return };
-            let is_silent = self
-                .scopes
-                .get(&id)
-                .is_some_and(|scope| scope.last_time_ms.saturating_add(limits::PRODUCER_EXPIRY_MS) <= time_ms);
-            if !is_silent && self.by_use.len() <= limits::PRODUCER_COUNT_MAX {
+        while let Some(oldest) = self.scopes.oldest()
+            && self.scopes.len() > 1
+        {
+            let is_silent = oldest.last_time_ms.saturating_add(limits::PRODUCER_EXPIRY_MS) <= time_ms;
+            if !is_silent && self.scopes.len() <= limits::PRODUCER_COUNT_MAX {
                 return;
             }
-            self.by_use.remove(&turn);
-            self.scopes.remove(&id);
+            self.scopes.remove_oldest();
         }
     }
 
-    pub(super) fn encode(&self) -> Vec<wire::ProducerState> {
-        let in_order = self.by_use.values().filter_map(|id| self.scopes.get(id).map(|scope| (id, scope)));
-        in_order
-            .map(|(id, scope)| wire::ProducerState {
-                producer_id: id.to_vec().into(),
+    /// Adds field `tag` of a message, one value per scope: there may be so many that they are not
+    /// held a second time as messages.
+    pub(super) fn encode(&self, tag: u32, out: &mut Vec<u8>) {
+        for scope in self.scopes.iter() {
+            let state = wire::ProducerState {
+                producer_id: scope.id().to_vec().into(),
                 epoch: scope.epoch,
                 next_sequence: scope.next_sequence,
                 last_time_ms: scope.last_time_ms,
-                batches: scope.batches.iter().copied().collect(),
-            })
-            .collect()
+                batches: scope.batches().collect(),
+            };
+            message::encode(tag, &state, out);
+        }
     }
 
     pub(super) fn decode(states: Vec<wire::ProducerState>) -> Result<Self, DecodeError> {
-        let mut out = Self::default();
+        let mut scopes = Scopes::default();
         for state in states {
             let id = ProducerId::try_from(&state.producer_id[..])
                 .map_err(|_| DecodeError::Value { field: "producer id size", value: state.producer_id.len() as u64 })?;
-            let turn = out.next_turn;
-            out.next_turn += 1;
-            out.by_use.insert(turn, id);
-            let scope = Scope {
-                epoch: state.epoch,
-                next_sequence: state.next_sequence,
-                last_time_ms: state.last_time_ms,
-                turn,
-                batches: state.batches.into(),
-            };
-            if out.scopes.insert(id, scope).is_some() {
-                return Err(DecodeError::Value { field: "producer given twice", value: turn });
+            if scopes.get(&id).is_some() {
+                return Err(DecodeError::Value { field: "producer given twice", value: state.next_sequence });
             }
+            let broken = || DecodeError::Value { field: "batches of a producer", value: state.batches.len() as u64 };
+            let end_of = |batch: &wire::ProducerBatch| batch.sequence.checked_add(u64::from(batch.count));
+            if state.batches.iter().any(|batch| end_of(batch).is_none()) {
+                return Err(broken());
+            }
+            let mut batches = state.batches.iter().copied();
+            let mut scope = Scope::new(state.epoch, state.last_time_ms, batches.next().ok_or_else(broken)?);
+            batches.for_each(|batch| scope.push(batch));
+            if scope.next_sequence != state.next_sequence {
+                return Err(broken());
+            }
+            scopes.insert(id, scope);
         }
-        Ok(out)
+        Ok(Self { scopes })
     }
 }
