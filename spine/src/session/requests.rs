@@ -23,7 +23,7 @@ const CREDIT_SIZE_MAX: usize = 1 << 30;
 const RETRY_AFTER_MS: u32 = 20;
 
 /// What a write to a partition costs beside its bytes, in bytes.
-const REQUEST_OVERHEAD_SIZE: usize = 1 << 10;
+const REQUEST_OVERHEAD_SIZE: usize = 1_536;
 /// Other requests and answers without batches are only counted beyond this size, in bytes.
 const SMALL_SIZE_MAX: usize = 4 << 10;
 /// The size of a decoded request is at most this many times its size on the wire.
@@ -211,7 +211,8 @@ impl Shared {
                 tokio::spawn(async move {
                     let answer = submitted.outcome().await.map(|produced| Reply::plain(Body::Produced(produced)));
                     drop(received);
-                    self.answer(ticket, answer).await;
+                    // Tens of thousands may wait for their outcome: what comes after it has a box.
+                    Box::pin(self.answer(ticket, answer)).await;
                 });
                 true
             }
