@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 
 use crate::disk::{self, join};
 use crate::flush::Done;
+use crate::index;
 use crate::layout::{What, seal, unseal};
 use crate::log::{Log, LogCore, State, wait};
 use crate::position::{LogPosition, index_after};
@@ -121,6 +122,11 @@ pub(crate) fn perform(core: &LogCore, request: CheckpointWrite) {
     let result = write(core, request.kind, request.position, &request.bytes).and_then(|()| prune(core));
     if let Err(error) = &result {
         tracing::warn!(group = core.group.0, "saving a checkpoint at {} failed: {error}", request.position);
+    }
+    // A restart goes on from here: with the walk of the log too.
+    let tail = core.lock().segments.back().map(|tail| Arc::clone(&tail.segment));
+    if let Some(tail) = tail {
+        index::save(core, &tail);
     }
     request.done.send(result);
 }

@@ -4,7 +4,7 @@
 //!   append, truncate, vote ... ──> queue of the log ──> ready ──┬─> round: the groups of all
 //!                                  (in order, one at a time)    │   logs that have one
 //!                                                               └─> one operation of one log
-//!   zeroes ahead, marks, checkpoints ──> housekeeper
+//!   zeroes ahead, marks, checkpoints, indexes ──> housekeeper
 //! ```
 //!
 //! A log is run by one thread at a time, so its operations and callbacks keep their order.
@@ -30,6 +30,7 @@ use crate::disk::Disk;
 use crate::disk::ring::Ring;
 use crate::error::OpenError;
 use crate::flush::Op;
+use crate::index;
 use crate::log::{LogCore, State};
 use crate::metrics::{self, Metrics};
 use crate::options::{Backend, Options};
@@ -156,6 +157,8 @@ impl Pool {
 struct Chores {
     fills: VecDeque<(Arc<LogCore>, Arc<Segment>)>,
     checkpoints: VecDeque<(Arc<LogCore>, CheckpointWrite)>,
+    /// Full segments whose index is to be saved.
+    indexes: VecDeque<(Arc<LogCore>, Arc<Segment>)>,
     marks: VecDeque<(Instant, Weak<LogCore>)>,
 }
 
@@ -374,6 +377,11 @@ impl Engine {
         self.chores_ready.notify_one();
     }
 
+    pub fn request_index(&self, core: &Arc<LogCore>, segment: Arc<Segment>) {
+        lock(&self.chores).indexes.push_back((Arc::clone(core), segment));
+        self.chores_ready.notify_one();
+    }
+
     pub fn request_fill(&self, core: &Arc<LogCore>, segment: &Arc<Segment>) {
         let mut chores = lock(&self.chores);
         let waits = chores.fills.iter().any(|(_, other)| Arc::ptr_eq(other, segment));
@@ -409,6 +417,7 @@ impl Engine {
             };
             match chore {
                 Chore::Checkpoint(core, write) => checkpoint::perform(&core, write),
+                Chore::Index(core, segment) => index::save(&core, &segment),
                 Chore::Fill(core, segment) => self.fill(&core, &segment, &mut next_fill_at),
                 Chore::Mark(core) => self.sync_mark(&core, &mut next_mark_at),
             }
@@ -458,6 +467,7 @@ impl Engine {
 
 enum Chore {
     Checkpoint(Arc<LogCore>, CheckpointWrite),
+    Index(Arc<LogCore>, Arc<Segment>),
     Fill(Arc<LogCore>, Arc<Segment>),
     Mark(Arc<LogCore>),
 }
@@ -469,6 +479,9 @@ impl Chores {
         }
         if let Some((core, write)) = self.checkpoints.pop_front() {
             return Some(Chore::Checkpoint(core, write));
+        }
+        if let Some((core, segment)) = self.indexes.pop_front() {
+            return Some(Chore::Index(core, segment));
         }
         while !stopped && next_mark_at <= now && self.marks.front().is_some_and(|(due, _)| *due <= now) {
             if let Some(core) = self.marks.pop_front().and_then(|(_, core)| core.upgrade()) {

@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 
 use crate::checkpoint::{self, CheckpointKind};
 use crate::disk::{self, Disk};
+use crate::index;
 use crate::layout::{MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, VOTE_FILE, What, seal};
 use crate::log::{LogCore, OnFlushed, State};
 use crate::metrics;
@@ -188,9 +189,11 @@ pub(crate) fn copy(error: &io::Error) -> io::Error {
 
 fn remove_segments(disk: &dyn Disk, dir: &str, segments: &[Arc<Segment>]) -> io::Result<()> {
     for segment in segments {
-        match disk.remove(&segment.path()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+        for path in [segment.path(), disk::join(dir, &index::file_name(&segment.header))] {
+            match disk.remove(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
     }
     if segments.is_empty() { Ok(()) } else { disk.sync_dir(dir) }
@@ -315,7 +318,7 @@ impl LogCore {
 
     /// Creates a segment. Everything before it was flushed, which its first mark says; then the
     /// manifest says that it must be there.
-    fn roll(&self, segment: &Arc<Segment>) -> io::Result<()> {
+    fn roll(self: &Arc<Self>, segment: &Arc<Segment>) -> io::Result<()> {
         let engine = &self.engine;
         let mut io = self.lock_io();
         let base = segment.header.base_index;
@@ -325,6 +328,7 @@ impl LogCore {
         io.unsynced_since = None;
         if let Some(before) = io.marked.replace(Arc::clone(segment)) {
             before.end_writes();
+            engine.request_index(self, before);
         }
         let manifest = Manifest { tail: Some(base), ..io.manifest.clone() };
         io.save_manifest(engine.disk.as_ref(), &self.dir, manifest)?;

@@ -53,6 +53,7 @@ pub(crate) enum What {
     Checkpoint,
     Segment,
     Mark,
+    Index,
 }
 
 impl What {
@@ -64,6 +65,7 @@ impl What {
             Self::Checkpoint => *b"CKPT",
             Self::Segment => *b"SEGM",
             Self::Mark => *b"MARK",
+            Self::Index => *b"INDX",
         }
     }
 
@@ -75,6 +77,7 @@ impl What {
             Self::Checkpoint => "checkpoint",
             Self::Segment => "segment header",
             Self::Mark => "durable mark",
+            Self::Index => "segment index",
         }
     }
 }

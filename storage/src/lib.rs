@@ -14,6 +14,7 @@
 //!   DIR/logs/GROUP-REPLICA/manifest     the two ends of the log
 //!                         /vote
 //!                         /OFFSET-INDEX.seg
+//!                         /OFFSET-INDEX.idx
 //!                         /checkpoint-KIND-INDEX-TERM
 //!
 //!   store.rs     opens a directory          recovery.rs  opens a log after a crash
@@ -21,6 +22,7 @@
 //!   read.rs      reads                      engine.rs    the threads that do it
 //!   recent.rs    entries in memory
 //!   segment.rs   one file                   layout.rs    its bytes
+//!   index.rs     where to enter a segment
 //!   disk.rs      what is needed of a disk: real, in memory, faulty
 //! ```
 //!
@@ -36,6 +38,7 @@ mod disk;
 mod engine;
 mod error;
 mod flush;
+mod index;
 mod inspect;
 mod layout;
 mod log;

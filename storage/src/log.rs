@@ -226,7 +226,7 @@ impl LogCore {
             },
         ));
         state.queue.push_back(Op::Roll(Arc::clone(&segment)));
-        state.segments.push_back(SegmentState::new(segment));
+        state.segments.push_back(SegmentState::new(segment, self.engine.options.index_step));
         state.tail_open = true;
     }
 }

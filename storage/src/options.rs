@@ -35,6 +35,8 @@ pub struct Options {
     pub segment_size_first: u64,
     /// Capacity at which segments stop growing.
     pub segment_size_max: u64,
+    /// Bytes of a segment between two points of its sparse index.
+    pub index_step: u64,
     /// Recent entries that each log keeps in memory. Entries not flushed yet stay beyond it.
     pub recent_size_max: usize,
     /// Recent entries that all logs keep together, but for those not flushed yet. Beyond it each log
@@ -55,6 +57,9 @@ pub struct Options {
     pub thread_count: usize,
 }
 
+/// See [`Options::index_step`].
+pub(crate) const INDEX_STEP: u64 = 64 << 10;
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -62,6 +67,7 @@ impl Default for Options {
             direct_writes: true,
             segment_size_first: 1 << 20,
             segment_size_max: 64 << 20,
+            index_step: INDEX_STEP,
             recent_size_max: limits::RECENT_SIZE_MAX,
             recent_total_max: limits::RECENT_TOTAL_MAX,
             pending_size_max: 4 * limits::UNCOMMITTED_SIZE_MAX,

@@ -7,9 +7,10 @@ use std::sync::atomic::Ordering;
 use arqon_proto::{Batch, BatchKind, Header, Offset, RaftIndex};
 
 use crate::error::ReadError;
+use crate::index::IndexPoint;
 use crate::log::{Log, LogCore, State};
 use crate::position::{LogPosition, index_after};
-use crate::segment::{BatchError, IndexPoint, Segment, SegmentState, Walk};
+use crate::segment::{BatchError, Segment, SegmentState, Walk};
 
 /// Part of one segment to walk, taken under the lock and read without it.
 struct Span {

@@ -33,6 +33,7 @@ use crate::disk::{self, Disk, File, join};
 use crate::engine::Engine;
 use crate::error::OpenError;
 use crate::flush::LogIo;
+use crate::index::{self, IndexPoint};
 use crate::layout::{
     MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, SEGMENT_DATA_AT, SegmentHeader, VOTE_FILE, What, log_dir, unseal,
 };
@@ -102,6 +103,7 @@ struct Cursor {
 struct Opener<'a> {
     disk: &'a dyn Disk,
     dir: String,
+    index_step: u64,
     group: GroupId,
     replica: ReplicaId,
 }
@@ -125,7 +127,8 @@ pub(crate) fn recover(
     group: GroupId,
     replica: ReplicaId,
 ) -> Result<(State, LogIo, Recovery), OpenError> {
-    let opener = Opener { disk: engine.disk.as_ref(), dir: log_dir(group, replica), group, replica };
+    let index_step = engine.options.index_step;
+    let opener = Opener { disk: engine.disk.as_ref(), dir: log_dir(group, replica), index_step, group, replica };
     let mut manifest = opener.manifest()?;
     let vote = opener.vote()?;
     let names = opener.disk.list(&opener.dir).map_err(|error| opener.io(&opener.dir, error))?;
@@ -152,7 +155,9 @@ pub(crate) fn recover(
     recovery.removed_segment_count = leftover.len();
     let kept_checkpoints = opener.sort_checkpoints(&names, walked.last, &mut leftover);
     recovery.removed_checkpoint_count = leftover.len() - recovery.removed_segment_count;
-    leftover.extend(names.iter().filter(|name| name.ends_with(".tmp")).cloned());
+    let segments = || walked.segments.iter().map(|segment| &segment.segment.header);
+    let orphans = names.iter().filter(|name| name.ends_with(".tmp") || index::is_orphan(name, segments()));
+    leftover.extend(orphans.cloned());
 
     if let Some(cut) = &cut {
         tracing::warn!(
@@ -345,9 +350,15 @@ impl Opener<'_> {
         let data_end = size.min(found.header.capacity).min(sealed_at);
         let start = index_after(manifest.purged);
         let segment = Arc::new(Segment::opened(&self.dir, found.header, found.file, found.slot));
-        let mut state = SegmentState::new(Arc::clone(&segment));
+        let mut state = SegmentState::new(Arc::clone(&segment), self.index_step);
         let file = segment.file().map_err(failed)?.as_ref();
         let mut walk = Walk::new(file, SEGMENT_DATA_AT, data_end);
+        let mut points = self.saved_points(&segment, data_end, mark);
+        // The log start and the durable mark are met by walking, what lies before by jumping.
+        if end.index < start {
+            let count = points.partition_point(|point| point.index <= start);
+            jump(&points[..count], &mut walk, &mut state, end);
+        }
         let check = |at: (u64, u64), chain: u64, what: &str| {
             if at.0 == at.1 && end_differs(chain, at.0, manifest, mark) {
                 return Err(
@@ -359,6 +370,10 @@ impl Opener<'_> {
         let stop = loop {
             check((end.index, start), end.chain, "manifest")?;
             check((end.index, mark.next_index), end.chain, "durable mark")?;
+            if end.index >= start && points.last().is_some_and(|last| last.index > end.index) {
+                jump(&std::mem::take(&mut points), &mut walk, &mut state, end);
+                continue;
+            }
             let Some(bytes) = walk.bytes().map_err(failed)? else { break Stop::Zeroes };
             if bytes.iter().all(|byte| *byte == 0) {
                 break Stop::Zeroes;
@@ -392,6 +407,24 @@ impl Opener<'_> {
         };
         let stop = if state.end == sealed_at { Stop::Sealed } else { stop };
         Ok((state, stop))
+    }
+
+    /// The saved index of a segment up to the mark, if it was made of the entries that are there.
+    fn saved_points(&self, segment: &Segment, data_end: u64, mark: &Mark) -> Vec<IndexPoint> {
+        let path = join(&self.dir, &index::file_name(&segment.header));
+        let Ok(bytes) = disk::read_all(self.disk, &path, SMALL_SIZE_MAX) else { return Vec::new() };
+        let mut points = index::decode(&bytes).unwrap_or_default();
+        // Above the mark every entry is looked at, and behind a cut there are none.
+        points.truncate(points.partition_point(|point| point.index <= mark.next_index && point.at < data_end));
+        let meets = |point: &IndexPoint| {
+            let found = segment.file().map(|file| Walk::new(file.as_ref(), point.at, data_end).next());
+            matches!(found, Ok(Ok(Some((_, found)))) if (found.index.0, found.base_offset.0, found.chain)
+                == (point.index, point.offset, point.chain))
+        };
+        if !points.last().is_some_and(meets) {
+            points.clear();
+        }
+        points
     }
 
     /// The table above.
@@ -527,6 +560,15 @@ impl Opener<'_> {
         self.disk.sync_dir(&self.dir)?;
         let slot = read_front(file.as_ref())?.slot;
         Ok(Segment::opened(&self.dir, old.header.clone(), file, slot))
+    }
+}
+
+/// Goes on at the last of `points`.
+fn jump(points: &[IndexPoint], walk: &mut Walk<'_>, state: &mut SegmentState, end: &mut Cursor) {
+    if let Some(point) = points.last() {
+        state.jump(points);
+        walk.at = point.at;
+        (end.index, end.offset, end.chain) = (point.index, point.offset, point.chain);
     }
 }
 

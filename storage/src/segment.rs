@@ -10,11 +10,11 @@ use bytes::Bytes;
 
 use crate::disk::blocks::{self, READ_SIZE_MAX};
 use crate::disk::{BlockFile, Disk, File, join};
+use crate::index::IndexPoint;
 use crate::layout::{BLOCK_SIZE, MARK_AT, Mark, SEGMENT_DATA_AT, SegmentHeader};
+use crate::options::INDEX_STEP;
 use crate::position::LogPosition;
 
-/// Bytes between two points of the sparse index.
-const INDEX_STEP: u64 = 64 << 10;
 /// Bytes read at once when headers are walked.
 const WINDOW_SIZE: usize = 64 << 10;
 /// Readers that want fewer bytes than this go through the page cache: what one of them reads,
@@ -300,16 +300,6 @@ pub(crate) enum BatchError {
     Disk(#[from] io::Error),
 }
 
-/// Where a reader may enter a segment.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct IndexPoint {
-    pub at: u64,
-    pub index: u64,
-    pub offset: u64,
-    /// Newest time of a data batch before this point.
-    pub time_before_ms: u64,
-}
-
 /// What a log knows of one of its segments; changed under the log's lock.
 pub(crate) struct SegmentState {
     pub segment: Arc<Segment>,
@@ -322,15 +312,17 @@ pub(crate) struct SegmentState {
     pub last_term: u64,
     /// Newest time of a data batch in it or before it.
     pub last_time_ms: u64,
+    index_step: u64,
     points: Vec<IndexPoint>,
 }
 
 impl SegmentState {
-    pub fn new(segment: Arc<Segment>) -> Self {
+    pub fn new(segment: Arc<Segment>, index_step: u64) -> Self {
         let header = &segment.header;
         let (next_index, next_offset) = (header.base_index.0, header.base_offset.0);
         let (last_term, last_time_ms) = (header.term_before.0, header.time_before_ms);
-        Self { end: SEGMENT_DATA_AT, next_index, next_offset, last_term, last_time_ms, points: Vec::new(), segment }
+        let points = Vec::new();
+        Self { end: SEGMENT_DATA_AT, next_index, next_offset, last_term, last_time_ms, index_step, points, segment }
     }
 
     pub fn base_index(&self) -> u64 {
@@ -344,12 +336,13 @@ impl SegmentState {
     /// Counts a batch that stands at `self.end`.
     pub fn push(&mut self, header: &Header) {
         assert_eq!(header.index.0, self.next_index, "entries of a segment are consecutive");
-        if self.points.last().is_none_or(|point| self.end - point.at >= INDEX_STEP) {
+        if self.points.last().is_none_or(|point| self.end - point.at >= self.index_step) {
             self.points.push(IndexPoint {
                 at: self.end,
                 index: header.index.0,
                 offset: header.base_offset.0,
                 time_before_ms: self.last_time_ms,
+                chain: header.chain,
             });
         }
         self.end += header.batch_size() as u64;
@@ -359,6 +352,19 @@ impl SegmentState {
         if header.kind == BatchKind::Data {
             self.last_time_ms = self.last_time_ms.max(header.time_ms);
         }
+    }
+
+    /// Takes the place of counting every batch before the last of `points`, which are of this
+    /// segment. The batch there comes next.
+    pub fn jump(&mut self, points: &[IndexPoint]) {
+        let Some((next, before)) = points.split_last() else { return };
+        self.points = before.to_vec();
+        (self.end, self.next_index, self.next_offset) = (next.at, next.index, next.offset);
+        self.last_time_ms = next.time_before_ms;
+    }
+
+    pub fn points(&self) -> &[IndexPoint] {
+        &self.points
     }
 
     /// Forgets everything from the entry whose header is `header`, which stands at `at`.
@@ -381,6 +387,7 @@ impl SegmentState {
                 index: header.base_index.0,
                 offset: header.base_offset.0,
                 time_before_ms: header.time_before_ms,
+                chain: header.chain,
             },
             |last| self.points[last],
         )

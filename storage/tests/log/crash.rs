@@ -337,11 +337,12 @@ fn judge_cut(at: u64, seed: u64, lie: Lie) -> Result<usize, String> {
     let term = log.last().map_or(9, |last| last.term.0 + 9);
     append_many(&log, term, 12, 800);
     let first = |log: &Log| log.purged().map_or(0, |purged| purged.index.0 + 1);
-    let expected = read_entries(&log, first(&log), usize::MAX);
+    let read = |log: &Log| try_read_entries(log, first(log), usize::MAX).map_err(|error| format!("{story}: {error}"));
+    let expected = read(&log)?;
     drop((store, log));
     let disk = disk.cut(seed + 1);
     let (_store, log) = open(&disk, lie).map_err(|error| format!("{story}, again: {error}"))?;
-    if read_entries(&log, first(&log), usize::MAX) != expected {
+    if read(&log)? != expected {
         return Err(format!("{story}: what was written after it is lost"));
     }
     Ok(promises.acknowledged_count)

@@ -5,6 +5,7 @@
 mod contract;
 mod crash;
 mod damage;
+mod index;
 mod many;
 mod model;
 mod support;

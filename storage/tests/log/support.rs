@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use arqon_proto::{Batch, BatchKind, GroupId, Header, NodeId, Offset, RaftIndex, ReplicaId, Term};
-use arqon_storage::{Backend, Disk, Identity, Log, LogPosition, MemoryDisk, Options, RealDisk, Recovery, Store};
+use arqon_storage::{
+    Backend, Disk, Identity, Log, LogPosition, MemoryDisk, Options, ReadError, RealDisk, Recovery, Store,
+};
 use bytes::Bytes;
 
 pub const GROUP: GroupId = GroupId(7);
@@ -22,6 +24,7 @@ pub fn small_options() -> Options {
         backend: Backend::Plain,
         segment_size_first: 16 << 10,
         segment_size_max: 32 << 10,
+        index_step: 512,
         recent_size_max: 2 << 10,
         fill_size: 4 << 10,
         mark_delay_ms: 5,
@@ -152,12 +155,17 @@ pub fn position(term: u64, index: u64) -> LogPosition {
 
 /// Every entry from `start` on, read in steps of `size_max` bytes.
 pub fn read_entries(log: &Log, start: u64, size_max: usize) -> Vec<Batch> {
+    try_read_entries(log, start, size_max).unwrap()
+}
+
+/// The same where some may be damaged.
+pub fn try_read_entries(log: &Log, start: u64, size_max: usize) -> Result<Vec<Batch>, ReadError> {
     let mut all: Vec<Batch> = Vec::new();
     loop {
         let next = all.last().map_or(start, |batch| batch.header.index.0 + 1);
-        let batches = log.entries(RaftIndex(next)..RaftIndex(u64::MAX), size_max).unwrap();
+        let batches = log.entries(RaftIndex(next)..RaftIndex(u64::MAX), size_max)?;
         if batches.is_empty() {
-            return all;
+            return Ok(all);
         }
         for (at, batch) in batches.iter().enumerate() {
             assert_eq!(batch.header.index.0, next + at as u64);
