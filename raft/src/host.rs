@@ -305,7 +305,7 @@ impl Host {
         let pulse = Arc::new(Pulse::new(&self.inner, spec.first));
         let commit_patience = if spec.followers_act { Duration::ZERO } else { COMMIT_PATIENCE };
         let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone(), commit_patience };
-        let store = LogStore::new(log.clone(), installed);
+        let store = LogStore::new(log.clone(), installed, spec.initial.len() == 1);
         let appended = store.appended();
         let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)
             .await

@@ -46,6 +46,10 @@ impl Appended {
         receiver
     }
 
+    fn is_expected(&self, term: u64) -> bool {
+        self.lock().as_ref().is_some_and(|(expected, _)| *expected == term)
+    }
+
     fn tell(&self, term: u64) {
         if let Some((_, sender)) = self.lock().take_if(|(expected, _)| *expected == term) {
             // The proposer may have gone; the entry stands.
@@ -64,11 +68,13 @@ pub(crate) struct LogStore {
     log: Log,
     installed: InstalledSlot,
     appended: Arc<Appended>,
+    /// Whether the group began with this replica alone.
+    alone: bool,
 }
 
 impl LogStore {
-    pub(crate) fn new(log: Log, installed: InstalledSlot) -> Self {
-        Self { log, installed, appended: Arc::default() }
+    pub(crate) fn new(log: Log, installed: InstalledSlot, alone: bool) -> Self {
+        Self { log, installed, appended: Arc::default(), alone }
     }
 
     /// Tells of what this store appends.
@@ -208,8 +214,18 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let proposed = batches.iter().rfind(|batch| batch.header.kind != BatchKind::Raft);
         let proposed_term = proposed.map(|batch| batch.header.term.0);
         let flushed = Box::new(move |result: io::Result<()>| callback.io_completed(result));
-        self.log.append(batches, flushed).map_err(io::Error::other)?;
+        // A leader has yet to send the entries to the others, which takes longer than the disk.
+        let sends_next = !self.alone && proposed_term.is_some_and(|term| self.appended.is_expected(term));
+        let turn = if sends_next {
+            self.log.append(batches, flushed).map(|()| None)
+        } else {
+            self.log.append_or_turn(batches, flushed)
+        };
+        let turn = turn.map_err(io::Error::other)?;
         proposed_term.into_iter().for_each(|term| self.appended.tell(term));
+        if let Some(turn) = turn {
+            turn.run();
+        }
         Ok(())
     }
 
@@ -246,7 +262,7 @@ mod tests {
         let identity = Identity { cluster: "test".into(), node: NodeId(1) };
         let store = Store::open_on(Arc::new(disk.clone()), identity, Options::default()).unwrap();
         let (log, _) = store.open_log(GroupId(1), ReplicaId(1)).unwrap();
-        (store, LogStore::new(log, InstalledSlot::default()))
+        (store, LogStore::new(log, InstalledSlot::default(), true))
     }
 
     fn entry(index: u64, payload_size: usize) -> Entry {

@@ -10,7 +10,7 @@
 //! A log is run by one thread at a time, so its operations and callbacks keep their order.
 //! While one group of a log is being flushed the next one gathers: that is the group commit.
 //! The thread that takes a round does all of it, so that a group wakes one thread on its way to
-//! the disk. While a round waits for the disk, the next one may be written by another thread.
+//! the disk; one that comes alone wakes none: see `turn.rs`. While a round waits for the disk, the next one may be written by another thread.
 
 mod round;
 
@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use arqon_proto::{GroupId, ReplicaId};
 
-use self::round::Writer;
+pub(crate) use self::round::Writer;
 use crate::checkpoint::{self, CheckpointWrite};
 use crate::disk::Disk;
 use crate::disk::ring::Ring;
@@ -86,6 +86,7 @@ pub(crate) struct Engine {
     /// A log was opened or could not be.
     opened: Condvar,
     uring: bool,
+    writer_count: usize,
     pool: Mutex<Pool>,
     pool_ready: Condvar,
     chores: Mutex<Chores>,
@@ -113,6 +114,8 @@ impl Next {
 struct Pool {
     rounds: VecDeque<Arc<LogCore>>,
     operations: VecDeque<Arc<LogCore>>,
+    /// No round runs on the thread of an append before this time.
+    no_turns_until: Option<Instant>,
     /// One for each round that may begin now.
     #[expect(clippy::vec_box, reason = "handed around whole")]
     writers: Vec<Box<Writer>>,
@@ -197,6 +200,7 @@ impl Engine {
             logs: Mutex::default(),
             opened: Condvar::new(),
             uring,
+            writer_count: pool.writers.len(),
             pool: Mutex::new(pool),
             pool_ready: Condvar::new(),
             chores: Mutex::default(),
@@ -323,6 +327,47 @@ impl Engine {
                     self.release(core);
                 }
             }
+        }
+    }
+
+    /// What it takes to run a round for one log on the calling thread, which then counts as
+    /// scheduled: `None` unless everything is at rest.
+    pub fn begin_turn(&self) -> Option<Box<Writer>> {
+        let mut pool = lock(&self.pool);
+        let at_rest = pool.rounds.is_empty() && pool.operations.is_empty() && pool.writers.len() == self.writer_count;
+        if !at_rest || pool.no_turns_until.is_some_and(|until| Instant::now() < until) {
+            return None;
+        }
+        let writer = pool.writers.pop();
+        if writer.is_some() {
+            self.begin();
+        }
+        writer
+    }
+
+    pub fn run_turn(&self, core: Arc<LogCore>, writer: Box<Writer>) {
+        self.run_round(vec![core], writer);
+        self.wake_one();
+    }
+
+    pub fn give_back_turn(&self, core: Arc<LogCore>, writer: Box<Writer>) {
+        {
+            let mut pool = lock(&self.pool);
+            pool.writers.push(writer);
+            pool.rounds.push_back(core);
+        }
+        self.wake_one();
+    }
+
+    pub fn pause_turns(&self, pause: Duration) {
+        lock(&self.pool).no_turns_until = Some(Instant::now() + pause);
+    }
+
+    // For a thread that does not look for work itself.
+    fn wake_one(&self) {
+        let wakes = lock(&self.pool).wakes();
+        if wakes {
+            self.pool_ready.notify_one();
         }
     }
 

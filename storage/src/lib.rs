@@ -20,7 +20,7 @@
 //!   store.rs     opens a directory          recovery.rs  opens a log after a crash
 //!   log.rs       changes of a log           flush.rs     what they do on disk
 //!   read.rs      reads                      engine.rs    the threads that do it
-//!   recent.rs    entries in memory
+//!   recent.rs    entries in memory          turn.rs      a round on the thread that appends
 //!   segment.rs   one file                   layout.rs    its bytes
 //!   index.rs     where to enter a segment
 //!   disk.rs      what is needed of a disk: real, in memory, faulty
@@ -50,6 +50,7 @@ mod recent;
 mod recovery;
 mod segment;
 mod store;
+mod turn;
 
 pub use checkpoint::CheckpointKind;
 pub use disk::faulty::{FaultyDisk, Operation};
@@ -64,3 +65,4 @@ pub use options::{Backend, Identity, Options};
 pub use position::LogPosition;
 pub use recovery::{Cut, Recovery};
 pub use store::Store;
+pub use turn::Turn;

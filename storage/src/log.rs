@@ -19,6 +19,7 @@ use crate::position::{LogPosition, index_after};
 use crate::recent::{Recent, RecentEntries};
 use crate::segment::{Segment, SegmentState};
 use crate::store::StoreHold;
+use crate::turn::{TURN_SIZE_MAX, Turn};
 
 /// Called once, when everything appended up to and with its append is durable, or never will be.
 pub type OnFlushed = Box<dyn FnOnce(io::Result<()>) + Send>;
@@ -151,6 +152,18 @@ impl LogCore {
         if !std::mem::replace(&mut state.scheduled, true) {
             self.engine.schedule(Arc::clone(self), Next::of(state));
         }
+    }
+
+    /// The turn to write what stands in the queue, if that is one small group and all logs rest.
+    fn take_turn(self: &Arc<Self>, state: &mut State) -> Option<Turn> {
+        let is_small =
+            state.queue.len() == 1 && matches!(&state.queue[0], Op::Append(group) if group.size <= TURN_SIZE_MAX);
+        if state.scheduled || !is_small {
+            return None;
+        }
+        let writer = self.engine.begin_turn()?;
+        state.scheduled = true;
+        Some(Turn::new(Arc::clone(self), writer))
     }
 
     pub fn enqueue(self: &Arc<Self>, state: &mut State, op: Op) {
@@ -287,6 +300,18 @@ impl Log {
         self.core.lock().poisoned.clone()
     }
 
+    /// Appends entries as [`Log::append`] does. When everything is at rest the caller may get
+    /// the turn to make them durable itself: then `on_flushed` runs where that is done.
+    ///
+    /// # Errors
+    /// As [`Log::append`].
+    ///
+    /// # Panics
+    /// As [`Log::append`].
+    pub fn append_or_turn(&self, batches: Vec<Batch>, on_flushed: OnFlushed) -> Result<Option<Turn>, Error> {
+        self.append_on(batches, on_flushed, true)
+    }
+
     /// Appends entries. They are readable when this returns; it never waits for the disk.
     ///
     /// Term and index stand in the headers; offset and chain are filled in here. `on_flushed`
@@ -300,6 +325,10 @@ impl Log {
     /// # Panics
     /// An index that is not the one after [`Log::last`], or a term below its term.
     pub fn append(&self, batches: Vec<Batch>, on_flushed: OnFlushed) -> Result<(), Error> {
+        self.append_on(batches, on_flushed, false).map(drop)
+    }
+
+    fn append_on(&self, batches: Vec<Batch>, on_flushed: OnFlushed, here: bool) -> Result<Option<Turn>, Error> {
         let core = &self.core;
         let count = batches.len();
         let size: usize = batches.iter().map(|batch| batch.header.batch_size()).sum();
@@ -316,13 +345,16 @@ impl Log {
             Some(Op::Append(group)) if count > 0 => group.callbacks.push(on_flushed),
             _ => state.queue.push_back(Op::Barrier(on_flushed)),
         }
-        core.schedule(&mut state);
+        let turn = if here { core.take_turn(&mut state) } else { None };
+        if turn.is_none() {
+            core.schedule(&mut state);
+        }
         drop(state);
         let metrics = &core.engine.metrics;
         metrics::add(&metrics.appended_count, count);
         metrics::add(&metrics.queue_depth, count);
         metrics::add(&metrics.queue_size, size);
-        Ok(())
+        Ok(turn)
     }
 
     /// Drops the entries from `index` on; offsets rewind. The cut is durable on return, and

@@ -26,7 +26,7 @@ use crate::log::LogCore;
 const ARENA_SIZE: usize = 1 << 20;
 
 /// What a round writes with.
-pub(super) struct Writer {
+pub(crate) struct Writer {
     ring: Option<Ring>,
     arena: MmapMut,
     used: usize,

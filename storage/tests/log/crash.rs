@@ -172,8 +172,8 @@ impl Promises {
             return Err(format!("purged is {purged:?}, told {:?}, asked {:?}", self.purged, self.purge_asked));
         }
         let start = purged.map_or(0, |purged| purged.index.0 + 1);
-        let found: BTreeMap<u64, Entry> =
-            read_entries(log, start, 3_000).iter().map(|batch| (batch.header.index.0, essence(batch))).collect();
+        let entries = try_read_entries(log, start, 3_000).map_err(|error| error.to_string())?;
+        let found: BTreeMap<u64, Entry> = entries.iter().map(|batch| (batch.header.index.0, essence(batch))).collect();
         if next_index(log) != start + found.len() as u64 {
             return Err(format!("{} entries for indexes {start}..{}", found.len(), next_index(log)));
         }

@@ -9,3 +9,4 @@ mod index;
 mod many;
 mod model;
 mod support;
+mod turn;
