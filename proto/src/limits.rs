@@ -63,7 +63,7 @@ pub const APPEND_SIZE_MAX: usize = 1 << 20;
 /// Recent entries kept in memory per group, in bytes.
 pub const RECENT_SIZE_MAX: usize = 32 << 20;
 /// Recent entries kept in memory by all groups of a node together, in bytes.
-pub const RECENT_TOTAL_MAX: usize = 96 << 20;
+pub const RECENT_TOTAL_MAX: usize = 64 << 20;
 /// Requests that one client connection may have outstanding.
 pub const CONNECTION_REQUEST_COUNT_MAX: usize = 8_192;
 /// Fetches and requests for jobs not answered yet, of all connections to a node.
