@@ -10,7 +10,8 @@
 //! A log is run by one thread at a time, so its operations and callbacks keep their order.
 //! While one group of a log is being flushed the next one gathers: that is the group commit.
 //! The thread that takes a round does all of it, so that a group wakes one thread on its way to
-//! the disk; one that comes alone wakes none: see `turn.rs`. While a round waits for the disk, the next one may be written by another thread.
+//! the disk; one that comes alone may wake none: see `turn.rs`. While a round waits for the disk,
+//! the next one may be written by another thread.
 
 mod round;
 
@@ -114,6 +115,8 @@ impl Next {
 struct Pool {
     rounds: VecDeque<Arc<LogCore>>,
     operations: VecDeque<Arc<LogCore>>,
+    /// Operations that threads are at.
+    running_count: usize,
     /// No round runs on the thread of an append before this time.
     no_turns_until: Option<Instant>,
     /// One for each round that may begin now.
@@ -137,7 +140,9 @@ impl Pool {
             let count = self.rounds.len().min(round_log_count_max);
             return Some(Work::Round(self.rounds.drain(..count).collect(), writer));
         }
-        self.operations.pop_front().map(Work::Operation)
+        let core = self.operations.pop_front()?;
+        self.running_count += 1;
+        Some(Work::Operation(core))
     }
 
     fn push(&mut self, core: Arc<LogCore>, next: Next) {
@@ -315,7 +320,10 @@ impl Engine {
                 self.pool_ready.notify_one();
             }
             match work {
-                Work::Round(cores, writer) => self.run_round(cores, writer),
+                Work::Round(cores, writer) => {
+                    self.run_round(cores, writer);
+                    self.trim();
+                }
                 Work::Operation(core) => {
                     let op = core.lock().queue.pop_front();
                     if let Some(op) = op
@@ -324,6 +332,7 @@ impl Engine {
                         // A broken rule of one log must not end the writes of all others.
                         core.poison("an operation of the log panicked");
                     }
+                    lock(&self.pool).running_count -= 1;
                     self.release(core);
                 }
             }
@@ -331,10 +340,13 @@ impl Engine {
     }
 
     /// What it takes to run a round for one log on the calling thread, which then counts as
-    /// scheduled: `None` unless everything is at rest.
+    /// scheduled: `None` while anything else is written for any log.
     pub fn begin_turn(&self) -> Option<Box<Writer>> {
         let mut pool = lock(&self.pool);
-        let at_rest = pool.rounds.is_empty() && pool.operations.is_empty() && pool.writers.len() == self.writer_count;
+        let at_rest = pool.rounds.is_empty()
+            && pool.writers.len() == self.writer_count
+            && pool.operations.is_empty()
+            && pool.running_count == 0;
         if !at_rest || pool.no_turns_until.is_some_and(|until| Instant::now() < until) {
             return None;
         }
@@ -348,6 +360,7 @@ impl Engine {
     pub fn run_turn(&self, core: Arc<LogCore>, writer: Box<Writer>) {
         self.run_round(vec![core], writer);
         self.wake_one();
+        self.trim();
     }
 
     pub fn give_back_turn(&self, core: Arc<LogCore>, writer: Box<Writer>) {
@@ -378,13 +391,14 @@ impl Engine {
         }
         lock(&self.pool).writers.push(writer);
         cores.into_iter().for_each(|core| self.release(core));
-        if self.recent.begin_trim() {
-            self.trim_recent();
-        }
     }
 
-    /// Cuts what each log keeps in memory to a share that lets all of them fit.
-    fn trim_recent(&self) {
+    /// Cuts what each log keeps in memory to a share that lets all of them fit, when they have
+    /// grown.
+    fn trim(&self) {
+        if !self.recent.begin_trim() {
+            return;
+        }
         let logs: Vec<_> = self.logs().values().filter_map(Place::weak).collect();
         // One at a time: a log that is held here counts as open.
         let sizes = logs.iter().filter_map(|core| Some(core.upgrade()?.lock().recent.size()));

@@ -128,6 +128,10 @@ impl Group {
         entries.flat_map(|(header, [stamps, records])| [header.as_slice(), stamps.as_ref(), records.as_ref()])
     }
 
+    pub fn entry_count(&self) -> usize {
+        self.entry_count
+    }
+
     pub fn end(&self) -> u64 {
         self.at + self.size as u64
     }
@@ -293,6 +297,7 @@ impl LogCore {
             state.flush_through(group.last);
             state.mark_dirty = true;
             state.flushed_at = Some(now);
+            state.last_group_count = group.entry_count;
             let typical = state.group_size;
             state.group_size = typical - typical / GROUP_SIZE_SHARE + group.size / GROUP_SIZE_SHARE;
             fills = state.group_size < FILL_GROUP_SIZE_MAX;

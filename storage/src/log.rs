@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::checkpoint::{CheckpointKind, CheckpointWrite};
-use crate::engine::{Engine, Next};
+use crate::engine::{Engine, Next, Writer};
 use crate::error::Error;
 use crate::flush::{Done, Group, LogIo, Op};
 use crate::layout::SegmentHeader;
@@ -19,7 +19,7 @@ use crate::position::{LogPosition, index_after};
 use crate::recent::{Recent, RecentEntries};
 use crate::segment::{Segment, SegmentState};
 use crate::store::StoreHold;
-use crate::turn::{TURN_SIZE_MAX, Turn};
+use crate::turn::{TURN_REST_MIN, TURN_SIZE_MAX, Turn};
 
 /// Called once, when everything appended up to and with its append is durable, or never will be.
 pub type OnFlushed = Box<dyn FnOnce(io::Result<()>) + Send>;
@@ -81,6 +81,8 @@ pub(crate) struct State {
     pub mark_dirty: bool,
     pub mark_watched: bool,
     pub flushed_at: Option<Instant>,
+    /// Entries of the last group.
+    pub last_group_count: usize,
     /// Typical size of the groups of late, in bytes.
     pub group_size: usize,
 }
@@ -154,16 +156,19 @@ impl LogCore {
         }
     }
 
-    /// The turn to write what stands in the queue, if that is one small group and all logs rest.
-    fn take_turn(self: &Arc<Self>, state: &mut State) -> Option<Turn> {
-        let is_small =
-            state.queue.len() == 1 && matches!(&state.queue[0], Op::Append(group) if group.size <= TURN_SIZE_MAX);
-        if state.scheduled || !is_small {
+    /// What it takes to write what stands in the queue on this thread: when that is one small entry
+    /// which came alone, as the one before it did, and no log writes. Where more come at once
+    /// they gather while the threads of the store write.
+    fn take_turn(&self, state: &mut State) -> Option<Box<Writer>> {
+        let is_small = state.queue.len() == 1
+            && matches!(&state.queue[0], Op::Append(group) if group.entry_count() == 1 && group.size <= TURN_SIZE_MAX);
+        let rested = state.flushed_at.is_none_or(|at| at.elapsed() >= TURN_REST_MIN);
+        if state.scheduled || !is_small || state.last_group_count > 1 || !rested {
             return None;
         }
         let writer = self.engine.begin_turn()?;
         state.scheduled = true;
-        Some(Turn::new(Arc::clone(self), writer))
+        Some(writer)
     }
 
     pub fn enqueue(self: &Arc<Self>, state: &mut State, op: Op) {
@@ -300,8 +305,9 @@ impl Log {
         self.core.lock().poisoned.clone()
     }
 
-    /// Appends entries as [`Log::append`] does. When everything is at rest the caller may get
-    /// the turn to make them durable itself: then `on_flushed` runs where that is done.
+    /// Appends entries as [`Log::append`] does. When nothing else is written and this log's last
+    /// entry came alone too, the caller may get the turn to make them durable itself: then `on_flushed`,
+    /// and those of appends that came meanwhile, may run where that is done.
     ///
     /// # Errors
     /// As [`Log::append`].
@@ -315,8 +321,8 @@ impl Log {
     /// Appends entries. They are readable when this returns; it never waits for the disk.
     ///
     /// Term and index stand in the headers; offset and chain are filled in here. `on_flushed`
-    /// runs on a thread of the store after all of them are durable, in the order of the appends;
-    /// it must be quick. It also runs, with an error, when the log fails or closes.
+    /// runs after all of them are durable, in the order of the appends, on a thread of the store or
+    /// on that of a [`Turn`]; it must be quick. It also runs, with an error, when the log fails or closes.
     ///
     /// # Errors
     /// The log is closed for writing or too much waits for the disk. Nothing was kept then, and
@@ -345,7 +351,8 @@ impl Log {
             Some(Op::Append(group)) if count > 0 => group.callbacks.push(on_flushed),
             _ => state.queue.push_back(Op::Barrier(on_flushed)),
         }
-        let turn = if here { core.take_turn(&mut state) } else { None };
+        let writer = if here { core.take_turn(&mut state) } else { None };
+        let turn = writer.map(|writer| Turn::new(self.clone(), writer));
         if turn.is_none() {
             core.schedule(&mut state);
         }

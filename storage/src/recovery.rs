@@ -1,7 +1,8 @@
 //! Opening a log after whatever happened to it.
 //!
-//! The walk follows the chain from the log start. Where it stops, this table says what is
-//! done; "mark" is the newest durable mark in any segment of the log.
+//! The walk follows the chain from the log start. In each segment it passes over what lies before the
+//! last point of a saved index that is below the mark (see `index.rs`): damage there is met by whoever
+//! reads it. Where the walk stops, this table says what is done; "mark" is the newest durable mark in any segment of the log.
 //!
 //! ```text
 //!   what stands at the first break      | above the mark       | at or below the mark
@@ -414,8 +415,9 @@ impl Opener<'_> {
         let path = join(&self.dir, &index::file_name(&segment.header));
         let Ok(bytes) = disk::read_all(self.disk, &path, SMALL_SIZE_MAX) else { return Vec::new() };
         let mut points = index::decode(&bytes).unwrap_or_default();
-        // Above the mark every entry is looked at, and behind a cut there are none.
-        points.truncate(points.partition_point(|point| point.index <= mark.next_index && point.at < data_end));
+        // The walk goes on at an entry below the mark, which gives it its term. Above the mark every entry is
+        // looked at, and behind a cut there are none.
+        points.truncate(points.partition_point(|point| point.index < mark.next_index && point.at < data_end));
         let meets = |point: &IndexPoint| {
             let found = segment.file().map(|file| Walk::new(file.as_ref(), point.at, data_end).next());
             matches!(found, Ok(Ok(Some((_, found)))) if (found.index.0, found.base_offset.0, found.chain)

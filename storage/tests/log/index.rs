@@ -150,3 +150,42 @@ fn a_log_start_within_an_indexed_segment_is_met() {
         assert_eq!(orphan, None, "indexes go with their segments");
     }
 }
+
+/// A checkpoint may save the index with an entry that is still on its way to the disk. When only the
+/// header of that one arrives, the entry before it is the last one, in its own term.
+#[test]
+fn an_indexed_entry_that_is_torn_leaves_the_one_before_it_whole() {
+    let disk = MemoryDisk::new();
+    let (store, log) = open_on(&disk).unwrap();
+    append_many(&log, 1, 60, SIZE);
+    append_many(&log, 2, 10, SIZE);
+    drop(log);
+    block_on(store.close());
+    let later = MemoryDisk::copy_of(&disk);
+    let (store, log) = open_on(&later).unwrap();
+    append_many(&log, 2, 1, SIZE);
+    let state = Bytes::from("the state");
+    block_on(log.save_checkpoint(CheckpointKind::Newest, position(1, 3), state)).unwrap();
+    drop(log);
+    block_on(store.close());
+
+    let segment = files(&disk, ".seg").pop().unwrap();
+    let (mut bytes, arrived) = (disk.bytes(&segment).unwrap(), later.bytes(&segment).unwrap());
+    let base: u64 = segment[segment.len() - 24..segment.len() - 4].parse().unwrap();
+    assert!(base < 60, "the segment began in the first term");
+    let at = 12_288 + (70 - base) as usize * (128 + SIZE);
+    bytes.resize(bytes.len().max(at + 128 + SIZE), 0);
+    bytes[at..at + 128].copy_from_slice(&arrived[at..at + 128]);
+    disk.set_bytes(&segment, &bytes).unwrap();
+    let index = segment.replace(".seg", ".idx");
+    let saved = later.bytes(&index).unwrap();
+    if disk.bytes(&index).is_err() {
+        drop(disk.create(&index).unwrap());
+    }
+    disk.set_bytes(&index, &saved).unwrap();
+
+    let (_store, log) = open_on(&disk).unwrap();
+    assert_eq!(log.last(), Some(position(2, 69)));
+    append_many(&log, 3, 5, SIZE);
+    assert_eq!(read_entries(&log, 0, 1 << 20).len(), 75);
+}

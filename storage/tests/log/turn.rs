@@ -1,6 +1,7 @@
 //! An append that finds the store at rest may get the turn to make itself durable.
 
 use std::sync::mpsc::{TryRecvError, channel};
+use std::time::Duration;
 
 use crate::support::*;
 use arqon_proto::{GroupId, ReplicaId};
@@ -15,6 +16,8 @@ fn what_waits_for_a_turn_is_durable_when_it_was_run_or_dropped() {
         append_many(&other, 1, 1, 100);
         let mut turn_count = 0;
         for round in 0..200 {
+            // The rest that a turn takes.
+            std::thread::sleep(Duration::from_millis(1));
             let (sender, receiver) = channel();
             let (first, second) = (next_index(&log), next_index(&log) + 1);
             let say = |index| {
