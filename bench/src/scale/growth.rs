@@ -25,7 +25,7 @@ const LINGER: Duration = Duration::from_millis(5);
 /// No throughput counts that is bought with more waiting than this.
 const P99_MS_MAX: f64 = 50.0;
 /// Bytes of payload that one round writes at most, so that disks do not fill up.
-const ROUND_SIZE_MAX: u64 = 2 << 30;
+const ROUND_SIZE_MAX: u64 = 1 << 30;
 /// Time for all partitions to have a leader.
 const LEADERS_TIME_MAX: Duration = Duration::from_secs(60);
 
