@@ -7,7 +7,7 @@
 use std::{
     fmt::Debug,
     io,
-    ops::{Bound, RangeBounds},
+    ops::{Bound, RangeBounds, RangeInclusive},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -111,6 +111,13 @@ impl LogStore {
 }
 
 impl RaftLogReader<TypeConfig> for LogStore {
+    // openraft would read entries from all over the log, the more the more terms there were.
+    async fn get_key_log_ids(&mut self, range: RangeInclusive<LogId>) -> Result<Vec<LogId>, io::Error> {
+        let (first, last) = range.into_inner();
+        let ends = self.log.term_ends(RaftIndex(first.index())..=RaftIndex(last.index())).map_err(io::Error::other)?;
+        Ok(ends.into_iter().map(log_id).collect())
+    }
+
     async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + Send>(
         &mut self,
         range: RB,

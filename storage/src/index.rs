@@ -23,8 +23,8 @@ use crate::segment::Segment;
 
 /// A segment with fewer points is walked as fast as its index is read.
 const POINT_COUNT_MIN: usize = 16;
-/// Bytes of one point on disk: its five numbers.
-const POINT_SIZE: usize = 40;
+/// Bytes of one point on disk: its six numbers.
+const POINT_SIZE: usize = 48;
 const SUFFIX: &str = ".idx";
 
 /// Where a reader may enter a segment.
@@ -38,6 +38,8 @@ pub(crate) struct IndexPoint {
     pub time_before_ms: u64,
     /// Chain value that the entry continues.
     pub chain: u64,
+    /// Term of the entry.
+    pub term: u64,
 }
 
 /// Name of the index file of a segment.
@@ -52,8 +54,8 @@ pub(crate) fn is_orphan<'a>(name: &str, mut segments: impl Iterator<Item = &'a S
 
 fn encode(points: &[IndexPoint]) -> Vec<u8> {
     let numbers = points.iter().flat_map(|point| {
-        let IndexPoint { at, index, offset, time_before_ms, chain } = *point;
-        [at, index, offset, time_before_ms, chain]
+        let IndexPoint { at, index, offset, time_before_ms, chain, term } = *point;
+        [at, index, offset, time_before_ms, chain, term]
     });
     let payload: Vec<u8> = numbers.flat_map(u64::to_le_bytes).collect();
     seal(What::Index, &payload)
@@ -68,7 +70,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<IndexPoint>, DecodeError> {
         let (numbers, _) = bytes.as_chunks::<8>();
         let number = |at: usize| u64::from_le_bytes(numbers[at]);
         let (at, index, offset) = (number(0), number(1), number(2));
-        IndexPoint { at, index, offset, time_before_ms: number(3), chain: number(4) }
+        IndexPoint { at, index, offset, time_before_ms: number(3), chain: number(4), term: number(5) }
     };
     Ok(points.iter().map(point).collect())
 }
@@ -108,6 +110,7 @@ mod tests {
             offset: number + 2,
             time_before_ms: number + 3,
             chain: u64::MAX - number,
+            term: number / 3,
         };
         let points: Vec<_> = (0..20).map(point).collect();
         let bytes = encode(&points);

@@ -1,6 +1,6 @@
 //! Reads: from the recent entries in memory, otherwise from the segments.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -10,6 +10,7 @@ use crate::error::ReadError;
 use crate::index::IndexPoint;
 use crate::log::{Log, LogCore, State};
 use crate::position::{LogPosition, index_after};
+use crate::recent::Recent;
 use crate::segment::{BatchError, Segment, SegmentState, Walk};
 
 /// Part of one segment to walk, taken under the lock and read without it.
@@ -46,7 +47,38 @@ impl Span {
     }
 }
 
+/// Entries up to and with `until`, which all have its term if there is no span to look through.
+struct TermChange {
+    span: Option<Span>,
+    /// Those of the span that are in memory.
+    recent: Vec<LogPosition>,
+    until: LogPosition,
+}
+
 impl LogCore {
+    /// The whole log, in the pieces that points of the index make.
+    fn term_changes(&self) -> Vec<TermChange> {
+        let state = self.lock();
+        let mut changes = Vec::new();
+        for segment in &state.segments {
+            let Some(last) = segment.last() else { continue };
+            let position = |point: &IndexPoint| LogPosition::new(point.term, point.index);
+            for (number, from) in segment.points().iter().enumerate() {
+                let until = segment.points().get(number + 1).map_or(last, position);
+                let differs = from.term != until.term.0;
+                let within = |recent: &&Recent| (from.index..until.index.0).contains(&recent.batch.header.index.0);
+                let recent = state.recent.iter().filter(within).map(|recent| &recent.batch.header);
+                let recent = recent.map(|header| LogPosition { term: header.term, index: header.index });
+                changes.push(TermChange {
+                    span: differs.then(|| Span::of(&state, segment, *from)),
+                    recent: if differs { recent.collect() } else { Vec::new() },
+                    until,
+                });
+            }
+        }
+        changes
+    }
+
     /// Walks the headers of `span`, and reads the batches that `choose` takes, about `size`
     /// bytes of them. Says whether the end of the span was reached.
     fn walk(
@@ -323,6 +355,39 @@ impl Log {
                 return Ok(offset.max(self.log_start()));
             }
         }
+    }
+
+    /// The last entry of each term among those of `range`, in order.
+    ///
+    /// # Errors
+    /// Headers where the term changes are damaged, or the disk failed.
+    pub fn term_ends(&self, range: RangeInclusive<RaftIndex>) -> Result<Vec<LogPosition>, ReadError> {
+        let mut ends: Vec<LogPosition> = Vec::new();
+        let mut meet = |found: LogPosition| {
+            if found.index < *range.start() || ends.last().is_some_and(|last| last.index == *range.end()) {
+                return;
+            }
+            let found = LogPosition { index: found.index.min(*range.end()), ..found };
+            match ends.last_mut() {
+                Some(last) if last.term == found.term => *last = found,
+                _ => ends.push(found),
+            }
+        };
+        for change in self.core.term_changes() {
+            if let Some(span) = change.span {
+                let look = |header: &Header| {
+                    if header.index >= change.until.index {
+                        return Step::Stop;
+                    }
+                    meet(LogPosition { term: header.term, index: header.index });
+                    Step::Skip
+                };
+                self.core.walk(span, 0, look, drop)?;
+                change.recent.into_iter().for_each(&mut meet);
+            }
+            meet(change.until);
+        }
+        Ok(ends)
     }
 
     /// The last entry of the last full segment that ends at or before index `at_most`: where a

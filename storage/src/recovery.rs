@@ -420,8 +420,8 @@ impl Opener<'_> {
         points.truncate(points.partition_point(|point| point.index < mark.next_index && point.at < data_end));
         let meets = |point: &IndexPoint| {
             let found = segment.file().map(|file| Walk::new(file.as_ref(), point.at, data_end).next());
-            matches!(found, Ok(Ok(Some((_, found)))) if (found.index.0, found.base_offset.0, found.chain)
-                == (point.index, point.offset, point.chain))
+            matches!(found, Ok(Ok(Some((_, found)))) if (found.index.0, found.base_offset.0, found.chain, found.term.0)
+                == (point.index, point.offset, point.chain, point.term))
         };
         if !points.last().is_some_and(meets) {
             points.clear();

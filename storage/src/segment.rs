@@ -343,6 +343,7 @@ impl SegmentState {
                 offset: header.base_offset.0,
                 time_before_ms: self.last_time_ms,
                 chain: header.chain,
+                term: header.term.0,
             });
         }
         self.end += header.batch_size() as u64;
@@ -388,6 +389,7 @@ impl SegmentState {
                 offset: header.base_offset.0,
                 time_before_ms: header.time_before_ms,
                 chain: header.chain,
+                term: header.term_before.0,
             },
             |last| self.points[last],
         )

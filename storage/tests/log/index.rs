@@ -189,3 +189,30 @@ fn an_indexed_entry_that_is_torn_leaves_the_one_before_it_whole() {
     append_many(&log, 3, 5, SIZE);
     assert_eq!(read_entries(&log, 0, 1 << 20).len(), 75);
 }
+
+#[test]
+fn the_ends_of_terms_are_found_wherever_they_lie() {
+    let disk = MemoryDisk::new();
+    let (store, log) = open_on(&disk).unwrap();
+    let terms = [(1, 1), (2, 40), (3, 1), (4, 1), (7, 60), (8, 3), (9, 20)];
+    let mut ends = Vec::new();
+    for (term, count) in terms {
+        append_many(&log, term, count, SIZE);
+        ends.push(position(term, next_index(&log) - 1));
+    }
+    let last = next_index(&log) - 1;
+    let term_ends = |log: &arqon_storage::Log, first, last| log.term_ends(RaftIndex(first)..=RaftIndex(last)).unwrap();
+    assert_eq!(term_ends(&log, 0, last), ends);
+    drop(log);
+    block_on(store.close());
+    let (_store, log) = open_on(&disk).unwrap();
+    assert_eq!(term_ends(&log, 0, last), ends);
+    for first in 0..=last {
+        assert_eq!(
+            term_ends(&log, first, last),
+            ends.iter().copied().filter(|end| end.index.0 >= first).collect::<Vec<_>>()
+        );
+    }
+    assert_eq!(term_ends(&log, 0, 41), [position(1, 0), position(2, 40), position(3, 41)]);
+    assert_eq!(term_ends(&log, 5, 20), [position(2, 20)]);
+}
