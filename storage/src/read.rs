@@ -47,10 +47,11 @@ impl Span {
     }
 }
 
-/// Entries up to and with `until`, which all have its term if there is no span to look through.
+/// Entries up to and with `until`, which all have its term unless those before it are given.
 struct TermChange {
+    /// Those on disk,
     span: Option<Span>,
-    /// Those of the span that are in memory.
+    /// and those in memory, which may not have been written yet.
     recent: Vec<LogPosition>,
     until: LogPosition,
 }
@@ -59,6 +60,7 @@ impl LogCore {
     /// The whole log, in the pieces that points of the index make.
     fn term_changes(&self) -> Vec<TermChange> {
         let state = self.lock();
+        let first_recent = state.first_recent().unwrap_or(u64::MAX);
         let mut changes = Vec::new();
         for segment in &state.segments {
             let Some(last) = segment.last() else { continue };
@@ -70,7 +72,7 @@ impl LogCore {
                 let recent = state.recent.iter().filter(within).map(|recent| &recent.batch.header);
                 let recent = recent.map(|header| LogPosition { term: header.term, index: header.index });
                 changes.push(TermChange {
-                    span: differs.then(|| Span::of(&state, segment, *from)),
+                    span: (differs && from.index < first_recent).then(|| Span::of(&state, segment, *from)),
                     recent: if differs { recent.collect() } else { Vec::new() },
                     until,
                 });
@@ -383,8 +385,8 @@ impl Log {
                     Step::Skip
                 };
                 self.core.walk(span, 0, look, drop)?;
-                change.recent.into_iter().for_each(&mut meet);
             }
+            change.recent.into_iter().for_each(&mut meet);
             meet(change.until);
         }
         Ok(ends)

@@ -1,8 +1,9 @@
 //! Opening a log after whatever happened to it.
 //!
-//! The walk follows the chain from the log start. In each segment it passes over what lies before the
-//! last point of a saved index that is below the mark (see `index.rs`): damage there is met by whoever
-//! reads it. Where the walk stops, this table says what is done; "mark" is the newest durable mark in any segment of the log.
+//! The walk follows the chain from the log start. In each segment it passes over what lies before
+//! the last point of a saved index that is below the mark (see `index.rs`): damage there is met by
+//! whoever reads it. Where the walk stops, this table says what is done; "mark" is the newest
+//! durable mark in any segment of the log.
 //!
 //! ```text
 //!   what stands at the first break      | above the mark       | at or below the mark

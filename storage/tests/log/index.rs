@@ -215,4 +215,14 @@ fn the_ends_of_terms_are_found_wherever_they_lie() {
     }
     assert_eq!(term_ends(&log, 0, 41), [position(1, 0), position(2, 40), position(3, 41)]);
     assert_eq!(term_ends(&log, 5, 20), [position(2, 20)]);
+
+    // Those on their way to the disk have terms too, in segments that may not be there yet.
+    let mut waiting = Vec::new();
+    for term in 10..60 {
+        let first = next_index(&log);
+        waiting.push(append(&log, (first..first + 3).map(|index| data(term, index, 1, SIZE, 3_000)).collect()));
+        ends.push(position(term, first + 2));
+        assert_eq!(term_ends(&log, 0, first + 2), ends);
+    }
+    waiting.into_iter().for_each(|flushed| flushed.recv().unwrap().unwrap());
 }
