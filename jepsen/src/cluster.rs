@@ -418,12 +418,14 @@ async fn is_ready(admin: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
+    // Put in place by a process of its own: a descriptor that writes to the program would be inherited, for
+    // a moment, by whatever other tests start then, and a file that is open for writing cannot be run.
     fn program(dir: &Path, script: &str) -> PathBuf {
-        let path = dir.join("arqon");
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let (text, path) = (dir.join("script"), dir.join("arqon"));
+        std::fs::write(&text, format!("#!/bin/sh\n{script}\n")).unwrap();
+        let installed = std::process::Command::new("install").args(["-m", "755"]).arg(&text).arg(&path).status();
+        assert!(installed.unwrap().success());
         path
     }
 
