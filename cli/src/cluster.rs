@@ -99,7 +99,7 @@ impl Layout {
         let shield = format!("ws://{shield}/v1/ws");
         let signing_key = read_text(&data.join("token.pem"))?.into_bytes();
         let mut layout = Self { data, node_count, addresses, shield, token: String::new(), signing_key, fresh };
-        layout.token = layout.mint("admin", "admin", &[])?;
+        layout.token = layout.mint("admin", "admin", &["admin:cluster"])?;
         write_secret(&layout.data.join("token"), layout.token.as_bytes())?;
         Ok(layout)
     }

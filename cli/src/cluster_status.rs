@@ -3,6 +3,7 @@
 use arqon_proto::wire;
 use serde_json::{Value, json};
 
+use crate::cluster_change::{self, AddNodeArgs, DecommissionArgs, MoveArgs, RemoveNodeArgs, TransferArgs};
 use crate::connect::ConnectControl;
 use crate::{Failure, output};
 
@@ -12,6 +13,23 @@ pub enum ClusterCommand {
     /// Show the nodes and what they lead
     #[command(after_help = "Example: arqon cluster status --json")]
     Status(StatusArgs),
+    /// Add a node; its configuration names all nodes, and it waits to be added
+    #[command(
+        after_help = "Example: arqon cluster add-node 4 --client d:7700 --peer d:7701 --control-address d:7705\n\nNeeds the permission admin:cluster, as the other commands that change the cluster."
+    )]
+    AddNode(AddNodeArgs),
+    /// Move all replicas away from a node
+    #[command(after_help = "Example: arqon cluster decommission 2")]
+    Decommission(DecommissionArgs),
+    /// Remove a node that has no replicas any more
+    #[command(after_help = "Example: arqon cluster remove-node 2")]
+    RemoveNode(RemoveNodeArgs),
+    /// Move a replica of a partition to another node
+    #[command(after_help = "Example: arqon cluster move demo.events --partition 1 --from 2 --to 4")]
+    Move(MoveArgs),
+    /// Give leadership of a partition to a node with a replica of it
+    #[command(after_help = "Example: arqon cluster transfer-leader demo.events --partition 1 --to 3")]
+    TransferLeader(TransferArgs),
 }
 
 /// Arguments of `arqon cluster status` and `arqon operator list`.
@@ -29,7 +47,17 @@ pub struct StatusArgs {
 /// # Errors
 /// The control plane cannot be reached or refuses.
 pub async fn cluster(command: ClusterCommand) -> Result<(), Failure> {
-    let ClusterCommand::Status(args) = command;
+    match command {
+        ClusterCommand::Status(args) => status(args).await,
+        ClusterCommand::AddNode(args) => cluster_change::add_node(args).await,
+        ClusterCommand::Decommission(args) => cluster_change::decommission(args).await,
+        ClusterCommand::RemoveNode(args) => cluster_change::remove_node(args).await,
+        ClusterCommand::Move(args) => cluster_change::move_partition(args).await,
+        ClusterCommand::TransferLeader(args) => cluster_change::transfer_leader(args).await,
+    }
+}
+
+async fn status(args: StatusArgs) -> Result<(), Failure> {
     let mut control = args.connect.control().await?;
     let request = control.request(wire::ClusterStatusRequest {});
     let status = control.client().cluster_status(request).await?.into_inner();
@@ -51,7 +79,7 @@ pub async fn cluster(command: ClusterCommand) -> Result<(), Failure> {
             let info = node.info.clone().unwrap_or_default();
             vec![
                 info.node.to_string(),
-                if node.reachable { "up" } else { "unreachable" }.to_owned(),
+                state(node).to_owned(),
                 node.leader_count.to_string(),
                 node.replica_count.to_string(),
                 info.client_address,
@@ -59,7 +87,17 @@ pub async fn cluster(command: ClusterCommand) -> Result<(), Failure> {
             ]
         })
         .collect();
-    output::table(&["NODE", "STATE", "LEADS", "REPLICAS", "CLIENTS AT", "PROBLEMS"], &rows)
+    output::table(&["NODE", "STATE", "LEADS", "REPLICAS", "CLIENTS AT", "PROBLEMS"], &rows)?;
+    status.moves.iter().try_for_each(|change| output::line(cluster_change::describe(change)))
+}
+
+fn state(node: &wire::NodeStatus) -> &'static str {
+    match (node.reachable, node.info.as_ref().is_some_and(|info| info.leaving)) {
+        (true, false) => "up",
+        (true, true) => "leaving",
+        (false, false) => "unreachable",
+        (false, true) => "leaving, unreachable",
+    }
 }
 
 fn cluster_document(status: &wire::ClusterStatusResponse) -> Value {
@@ -76,10 +114,23 @@ fn cluster_document(status: &wire::ClusterStatusResponse) -> Value {
                 "client_address": info.client_address,
                 "peer_address": info.peer_address,
                 "control_address": info.control_address,
+                "leaving": info.leaving,
+                "metadata_voter": node.voter,
                 "problems": node.problems,
             })
         })
         .collect();
+    let change = |change: &wire::MoveStatus| {
+        json!({
+            "tenant": change.tenant,
+            "topic": change.topic,
+            "partition": change.partition,
+            "from": change.from,
+            "to": change.to,
+            "phase": change.phase,
+            "behind": change.behind,
+        })
+    };
     json!({
         "cluster": status.cluster,
         "answered_by": status.answered_by,
@@ -88,6 +139,7 @@ fn cluster_document(status: &wire::ClusterStatusResponse) -> Value {
         "partition_count": status.partition_count,
         "leaderless_count": status.leaderless_count,
         "nodes": nodes,
+        "moves": status.moves.iter().map(change).collect::<Vec<_>>(),
     })
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   command ─┬─ serve      node, shield, operator http       (roles, from a file until a signal)
 //!            ├─ up, demo ── cluster ── process               (roles as children on this machine)
-//!            ├─ topic, cluster_status ── connect             (gRPC control plane)
+//!            ├─ topic, cluster_* ── connect                  (gRPC control plane)
 //!            ├─ publish, consume, work ── connect            (frames, through sdk/)
 //!            └─ token, offline, doctor                       (no server)
 //! ```
@@ -12,6 +12,7 @@
 //! errors are one line on standard error.
 
 mod cluster;
+mod cluster_change;
 mod cluster_status;
 mod command;
 mod connect;

@@ -58,7 +58,11 @@ pub async fn node(args: ConfigArgs, log: LogArgs) -> Result<(), Failure> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = config.redacted(), "node starts");
     let mut signals = StopSignals::listen()?;
     let number = config.node;
-    let node = Node::start(config).await.map_err(Failure::failed)?;
+    // It may wait for the cluster for as long as it takes.
+    let node = tokio::select! {
+        started = Node::start(config) => started.map_err(Failure::failed)?,
+        () = signals.wait() => return Ok(()),
+    };
     let addresses = node.addresses();
     let admin = addresses.admin.to_string();
     let ready = async {

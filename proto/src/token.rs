@@ -181,6 +181,9 @@ impl std::fmt::Display for Verb {
     }
 }
 
+/// What `admin` is asked for where the cluster itself is changed.
+const CLUSTER: &str = "cluster";
+
 /// One thing that a token allows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Permission {
@@ -233,6 +236,14 @@ impl Session {
             return verb == Verb::Publish && name == OPERATOR_TOPIC && self.executes_any();
         }
         self.admin || self.permissions.iter().any(|permission| permission.covers(verb, name))
+    }
+
+    /// Whether the token may change the cluster itself: nodes, and where replicas are. Only the permission
+    /// `admin:cluster` by that name says so, since tenants may have administrators of their own.
+    #[must_use]
+    pub fn administers_cluster(&self) -> bool {
+        let is_it = |held: &Permission| held.verb == Verb::Admin && !held.prefix && held.pattern == CLUSTER;
+        self.permissions.iter().any(is_it)
     }
 
     /// Whether the token may act as an operator of some type.

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Entries that a replica may lack and still count as caught up.
-const CAUGHT_UP_LAG_MAX: u64 = 256;
+pub(crate) const CAUGHT_UP_LAG_MAX: u64 = 256;
 
 /// Why a proposal has no answer of the state machine.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -281,14 +281,16 @@ impl Group {
         self.inner.log.poisoned().or_else(|| stopped(&self.inner.raft))
     }
 
-    /// Whether this replica leads and the one on `node` has everything but the last few entries.
+    /// Whether this replica leads and the voter on `node` has everything but the last few entries.
     #[must_use]
     pub fn is_caught_up(&self, node: NodeId) -> bool {
         let metrics = self.inner.raft.metrics();
         let metrics = metrics.borrow_watched();
-        let mut nodes = metrics.membership_config.membership().nodes();
-        let Some((target, _)) = nodes.find(|(_, at)| at.node == node.0) else { return false };
-        let matching = metrics.replication.as_ref().and_then(|targets| targets.get(target)?.as_ref());
+        let membership = metrics.membership_config.membership();
+        let mut voters = membership.voter_ids();
+        let is_there = |id: &u64| membership.get_node(id).is_some_and(|at| at.node == node.0);
+        let Some(target) = voters.find(is_there) else { return false };
+        let matching = metrics.replication.as_ref().and_then(|targets| targets.get(&target)?.as_ref());
         let last_index = metrics.last_log_index.unwrap_or_default();
         matching.is_some_and(|matching| last_index.saturating_sub(matching.index()) <= CAUGHT_UP_LAG_MAX)
     }
@@ -366,12 +368,17 @@ impl Group {
             nodes.find(|(id, at)| at.node == to.0 && voters.contains(id)).map(|(id, _)| *id)
         };
         let refused = || ProposeError::NotLeader { leader: self.status().leader };
-        let target = target.ok_or_else(refused)?;
+        self.transfer_to(target.ok_or_else(refused)?).await
+    }
+
+    /// As [`Self::transfer_leader`], to a voter by its id.
+    pub(crate) async fn transfer_to(&self, target: u64) -> Result<(), ProposeError> {
         let status = self.status();
         if !status.is_leader {
-            return Err(refused());
+            return Err(ProposeError::NotLeader { leader: status.leader });
         }
         self.inner.pulse.resign(status.term.0);
+        let raft = &self.inner.raft;
         raft.trigger().transfer_leader(target).await.map_err(|fatal| ProposeError::Stopped(fatal.to_string()))
     }
 }

@@ -74,8 +74,12 @@ pub struct GroupSpec {
     pub group: GroupId,
     /// Raft id of this placement; never used before by another.
     pub replica: ReplicaId,
-    /// Voters of a new group with their nodes; every one of them is given the same set.
+    /// Voters of a new group with their nodes; every one of them is given the same set. None for a
+    /// replica that joins a group: its leader makes it a member.
     pub initial: Vec<(ReplicaId, NodeId)>,
+    /// Whether the replica may begin with an empty log. One that had a log has voted and
+    /// acknowledged: without it, it is quarantined.
+    pub may_create: bool,
     /// Whether this replica starts the group at once and so becomes its first leader.
     pub first: bool,
     /// Whether followers are told of every commit at once, because they act on what is applied.
@@ -285,7 +289,14 @@ impl Host {
         let io = |source: io::Error| OpenError::Io { group, replica, source };
         // Reads and syncs files: not on a thread that others wait for.
         let store = self.inner.store.clone();
-        let opening = tokio::task::spawn_blocking(move || store.open_log(group, replica));
+        let open_log = move || {
+            if !spec.may_create && !store.has_log(group, replica).unwrap_or(true) {
+                let reason = "its log is gone".to_owned();
+                return Err(arqon_storage::OpenError::Quarantined { group, replica, reason });
+            }
+            store.open_log(group, replica)
+        };
+        let opening = tokio::task::spawn_blocking(open_log);
         let log = match opening.await.map_err(|error| io(io::Error::other(error)))? {
             Ok((log, recovery)) => {
                 tracing::debug!(group = group.0, replica = replica.0, ?recovery, "log opened");
@@ -355,7 +366,7 @@ impl Host {
         self.inner.store.delete_log(group, replica)
     }
 
-    /// Replicas that may not run, with the reason.
+    /// Replicas that may not run, with the reason: [`Self::delete`] removes what is left of one.
     #[must_use]
     pub fn quarantined(&self) -> Vec<(GroupId, String)> {
         let groups = self.inner.groups.read().unwrap_or_else(PoisonError::into_inner);

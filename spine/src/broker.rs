@@ -31,7 +31,9 @@ use wire::{ErrorCode, frame::Body};
 use crate::{
     clock,
     error::{error, not_found, not_leader, starting},
-    metadata::{COMMITTED_KIND, FORWARD_KIND as METADATA_KIND, MetadataGroup, MetadataState, Topic},
+    join::{REJOIN_KIND, WHO_KIND, WHO_LEADER_KIND},
+    members::{LostReplica, Progress, TRANSFER_KIND},
+    metadata::{COMMITTED_KIND, FORWARD_KIND as METADATA_KIND, MetadataGroup, MetadataState, Topic, wanted_replicas},
     metrics::Metrics,
     operators::Operators,
     partition::{Ahead, Partition, Services},
@@ -72,14 +74,20 @@ pub(crate) struct Report {
     /// One line for each replica that does not work.
     #[prost(string, repeated, tag = "5")]
     pub problems: Vec<String>,
+    /// Replicas that may not be trusted any more.
+    #[prost(message, repeated, tag = "6")]
+    pub quarantined: Vec<LostReplica>,
+    /// How far the changes of replicas are that it leads.
+    #[prost(message, repeated, tag = "7")]
+    pub moves: Vec<Progress>,
 }
 
 /// The shared part of a node.
 pub(crate) struct Broker {
     pub node: NodeId,
     pub cluster: String,
-    /// All nodes as this one is told to reach them, by number.
-    pub nodes: Vec<wire::NodeInfo>,
+    /// The nodes that this one's configuration names, by number.
+    pub configured: Vec<wire::NodeInfo>,
     pub host: Host,
     pub store: Store,
     pub metadata: MetadataGroup,
@@ -90,6 +98,8 @@ pub(crate) struct Broker {
     pub stopping: watch::Sender<bool>,
     /// Leaders of groups without a replica here, as other nodes told.
     pub leaders: Mutex<HashMap<GroupId, NodeId>>,
+    /// How far the changes of replicas are that this node leads.
+    pub moves: Mutex<HashMap<GroupId, Progress>>,
 }
 
 impl Broker {
@@ -154,15 +164,22 @@ impl Broker {
         if let Some(partition) = self.replicas.get(group) {
             return partition.group().leader();
         }
-        if let [only] = placement.replicas.as_slice() {
+        if let [only] = placement.replicas.as_slice()
+            && placement.target.is_empty()
+        {
             return Some(NodeId(only.node));
         }
         self.leaders.lock().unwrap_or_else(PoisonError::into_inner).get(&group).copied()
     }
 
+    /// The nodes of the cluster, by number.
+    pub(crate) fn nodes(&self) -> Arc<[wire::NodeInfo]> {
+        self.metadata.published().nodes.clone()
+    }
+
     /// `host:port` of a node's client port.
     pub(crate) fn client_address(&self, node: NodeId) -> Option<String> {
-        self.nodes.iter().find(|info| info.node == node.0).map(|info| info.client_address.clone())
+        self.nodes().iter().find(|info| info.node == node.0).map(|info| info.client_address.clone())
     }
 
     /// A topic as clients see it.
@@ -284,12 +301,15 @@ impl Broker {
             complete: self.replicas.complete(&published.state),
             replica_count: open.len() as u32,
             problems: self.replicas.problems(),
+            quarantined: self.replicas.quarantined(),
+            moves: self.moves.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect(),
         }
     }
 
     /// The reports of this node and of all others that answer within a second.
     pub(crate) async fn reports(&self) -> Vec<(NodeId, Report)> {
-        let others = self.nodes.iter().map(|info| NodeId(info.node)).filter(|node| *node != self.node);
+        let nodes = self.nodes();
+        let others = nodes.iter().map(|info| NodeId(info.node)).filter(|node| *node != self.node);
         let asked = others.filter(|node| self.host.peer_reachable(*node)).map(|node| async move {
             let answer =
                 timeout(REPORT_PATIENCE, self.host.forward(node, REPORT_KIND, Bytes::new())).await.ok()?.ok()?;
@@ -333,7 +353,7 @@ impl Broker {
                 _ = stopping.wait_for(|stopping| *stopping) => return,
             }
             reachable_since.retain(|node, _| self.host.peer_reachable(*node));
-            for info in self.nodes.iter().filter(|info| self.host.peer_reachable(info.node.into())) {
+            for info in self.nodes().iter().filter(|info| self.host.peer_reachable(info.node.into())) {
                 reachable_since.entry(info.node.into()).or_insert_with(Instant::now);
             }
             for (partition, heir) in self.led_for_others(&reachable_since) {
@@ -352,7 +372,7 @@ impl Broker {
         let placements = published.state.topics().flat_map(|topic| &topic.partitions);
         placements
             .filter_map(|placement| {
-                let heir = NodeId(placement.replicas.first()?.node);
+                let heir = NodeId(wanted_replicas(placement).first()?.node);
                 if heir == self.node || !is_settled(heir) {
                     return None;
                 }
@@ -369,6 +389,10 @@ impl Broker {
         match kind.as_str() {
             METADATA_KIND => Ok(self.metadata.handle_forward(body).await),
             COMMITTED_KIND => self.metadata.handle_committed().await,
+            WHO_KIND => self.metadata.handle_who(body, true).await,
+            WHO_LEADER_KIND => self.metadata.handle_who(body, false).await,
+            REJOIN_KIND => self.metadata.handle_rejoin(body).await,
+            TRANSFER_KIND => self.handle_transfer(&body).await,
             REPORT_KIND => Ok(self.report().encode_to_vec().into()),
             PRODUCE_KIND => self.handle_produce(body).await,
             other => Err(format!("this node does not know requests of the kind {other:?}")),

@@ -438,6 +438,7 @@ impl Config {
                 client_address: own.client.to_string(),
                 peer_address: own.peer.to_string(),
                 control_address: own.control.to_string(),
+                ..Default::default()
             }];
         }
         let mut nodes: Vec<_> = self.peers.iter().map(Peer::to_info).collect();
@@ -459,6 +460,7 @@ impl Peer {
             client_address: self.client.clone(),
             peer_address: self.peer.clone(),
             control_address: self.control.clone(),
+            ..Default::default()
         }
     }
 }

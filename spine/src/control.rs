@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use arqon_proto::{
     NodeId, Session, Verb, code_name,
-    wire::{self, ErrorCode, control_server},
+    wire::{self, ErrorCode, control_server, metadata_command::Command},
 };
 use tokio::net::TcpListener;
 use tonic::{
@@ -71,6 +71,25 @@ impl Control {
         let token =
             header.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
         self.broker.authenticate(token.map_or("", |(_, token)| token.trim())).map_err(status)
+    }
+
+    /// The session of a request that changes the cluster itself.
+    fn cluster_session<T>(&self, request: &Request<T>) -> Result<Session, Status> {
+        let session = self.session(request)?;
+        if session.administers_cluster() {
+            return Ok(session);
+        }
+        Err(status(error(ErrorCode::AuthorizationDenied, "the token does not have the permission admin:cluster")))
+    }
+
+    async fn change<T>(
+        &self,
+        request: Request<T>,
+        command: impl FnOnce(T) -> Command,
+    ) -> Result<Response<wire::ClusterChangeResponse>, Status> {
+        self.cluster_session(&request)?;
+        self.broker.change_cluster(command(request.into_inner())).await.map_err(status)?;
+        Ok(Response::new(wire::ClusterChangeResponse {}))
     }
 }
 
@@ -140,6 +159,61 @@ impl control_server::Control for Control {
         Ok(Response::new(self.broker.cluster_status().await))
     }
 
+    async fn add_node(
+        &self,
+        request: Request<wire::AddNodeRequest>,
+    ) -> Result<Response<wire::ClusterChangeResponse>, Status> {
+        let command = |request: wire::AddNodeRequest| Command::AddNode(wire::AddNodeCommand { info: request.info });
+        self.change(request, command).await
+    }
+
+    async fn remove_node(
+        &self,
+        request: Request<wire::RemoveNodeRequest>,
+    ) -> Result<Response<wire::ClusterChangeResponse>, Status> {
+        let command =
+            |request: wire::RemoveNodeRequest| Command::RemoveNode(wire::RemoveNodeCommand { node: request.node });
+        self.change(request, command).await
+    }
+
+    async fn drain_node(
+        &self,
+        request: Request<wire::DrainNodeRequest>,
+    ) -> Result<Response<wire::ClusterChangeResponse>, Status> {
+        let command =
+            |wire::DrainNodeRequest { node, cancel }| Command::DrainNode(wire::DrainNodeCommand { node, cancel });
+        self.change(request, command).await
+    }
+
+    async fn move_partition(
+        &self,
+        request: Request<wire::MovePartitionRequest>,
+    ) -> Result<Response<wire::ClusterChangeResponse>, Status> {
+        let session = self.cluster_session(&request)?;
+        let wire::MovePartitionRequest { tenant, topic, partition, from, to, cancel } = request.into_inner();
+        let tenant = if tenant.is_empty() { session.tenant } else { tenant };
+        let (_, group) = self.broker.group_of(&tenant, &topic, partition).map_err(status)?;
+        let command = if cancel {
+            Command::CancelMove(wire::CancelMoveCommand { group })
+        } else {
+            Command::MovePartition(wire::MovePartitionCommand { group, from, to })
+        };
+        self.broker.change_cluster(command).await.map_err(status)?;
+        Ok(Response::new(wire::ClusterChangeResponse {}))
+    }
+
+    async fn transfer_leader(
+        &self,
+        request: Request<wire::TransferLeaderRequest>,
+    ) -> Result<Response<wire::ClusterChangeResponse>, Status> {
+        let session = self.cluster_session(&request)?;
+        let wire::TransferLeaderRequest { tenant, topic, partition, to } = request.into_inner();
+        let tenant = if tenant.is_empty() { session.tenant } else { tenant };
+        let (topic, _) = self.broker.group_of(&tenant, &topic, partition).map_err(status)?;
+        self.broker.move_leader(&topic, partition, NodeId(to)).await.map_err(status)?;
+        Ok(Response::new(wire::ClusterChangeResponse {}))
+    }
+
     async fn list_operators(
         &self,
         request: Request<wire::ListOperatorsRequest>,
@@ -160,6 +234,7 @@ impl Broker {
         let reports = self.reports().await;
         let published = self.metadata.published();
         let (topic_count, partition_count, leaderless_count) = Self::counts(&published.state, &reports);
+        let voters = self.metadata.group().voters();
         let node = |info: &wire::NodeInfo| {
             let report = reports.iter().find(|(node, _)| node.0 == info.node).map(|(_, report)| report.clone());
             let reachable = report.is_some() || self.host.peer_reachable(NodeId(info.node));
@@ -170,16 +245,18 @@ impl Broker {
                 leader_count: report.led.len() as u32,
                 replica_count: report.replica_count,
                 problems: report.problems,
+                voter: voters.values().any(|node| node.0 == info.node),
             }
         };
         wire::ClusterStatusResponse {
             cluster: self.cluster.clone(),
             answered_by: self.node.0,
             metadata_leader: self.metadata.group().status().leader.map_or(0, |leader| leader.0),
-            nodes: self.nodes.iter().map(node).collect(),
+            nodes: self.nodes().iter().map(node).collect(),
             topic_count,
             partition_count,
             leaderless_count,
+            moves: Self::move_statuses(&published.state, &reports),
         }
     }
 }

@@ -23,6 +23,8 @@ mod clock;
 mod config;
 mod control;
 mod error;
+mod join;
+mod members;
 mod metadata;
 mod metrics;
 mod node;

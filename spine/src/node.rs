@@ -24,7 +24,7 @@ use crate::{
     clock,
     config::{Backend, Config, ConfigError, ListenAddresses},
     control,
-    metadata::MetadataGroup,
+    join::open_metadata,
     metrics::Metrics,
     operators::{self, OperatorKey, Operators, Seen},
     partition::{Ahead, Partition},
@@ -173,7 +173,7 @@ impl Node {
         let options = HostOptions { node, cluster, secret, tls: peer_tls, peer_listener: peer };
         let host = Host::start(options, store.clone());
         host.set_peers(nodes.iter().map(|info| (info.node.into(), info.peer_address.clone())));
-        let metadata = match MetadataGroup::open(&host, node, &nodes).await {
+        let metadata = match open_metadata(&host, &store, node, &nodes).await {
             Ok(metadata) => metadata,
             Err(error) => {
                 host.shutdown().await;
@@ -185,7 +185,7 @@ impl Node {
         let broker = Arc::new(Broker {
             node,
             cluster: config.cluster,
-            nodes,
+            configured: nodes,
             host,
             store,
             metadata,
@@ -195,6 +195,7 @@ impl Node {
             metrics,
             stopping: watch::Sender::new(false),
             leaders: Mutex::new(HashMap::new()),
+            moves: Mutex::default(),
         });
         answer_forwards(&broker);
         let tasks = start_tasks(&broker, ahead);
@@ -274,15 +275,34 @@ fn answer_forwards(broker: &Arc<Broker>) {
 
 fn start_tasks(broker: &Arc<Broker>, ahead: Ahead) -> Vec<JoinHandle<()>> {
     let services = Arc::new(BrokerServices::new(Arc::downgrade(broker), ahead));
-    let replicas = broker.replicas.clone().run(broker.metadata.watch(), services, broker.stopping.subscribe());
+    let replicas = broker.replicas.clone().run(broker.metadata.clone(), services, broker.stopping.subscribe());
     vec![
-        tokio::spawn(broker.metadata.clone().run_duties(broker.nodes.clone())),
+        tokio::spawn(broker.metadata.clone().run_duties(broker.configured.clone())),
         tokio::spawn(replicas),
         tokio::spawn(broker.clone().run_leader_watch()),
         tokio::spawn(broker.clone().run_balance()),
+        tokio::spawn(broker.clone().run_members()),
+        tokio::spawn(broker.clone().run_replacements()),
+        tokio::spawn(follow_nodes(broker.clone())),
         tokio::spawn(follow_operators(broker.clone())),
         tokio::spawn(expire_operators(broker.clone())),
     ]
+}
+
+/// Tells the transport where nodes are that were added to the cluster.
+async fn follow_nodes(broker: Arc<Broker>) {
+    let mut published = broker.metadata.watch();
+    let mut known: Arc<[wire::NodeInfo]> = broker.configured.as_slice().into();
+    loop {
+        let nodes = published.borrow_and_update().nodes.clone();
+        if nodes != known {
+            broker.host.set_peers(nodes.iter().map(|info| (info.node.into(), info.peer_address.clone())));
+            known = nodes;
+        }
+        if published.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Reads the operators' topic from the local replica, from its start and for ever.

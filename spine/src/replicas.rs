@@ -1,15 +1,20 @@
 //! The replicas on this node: opened and removed as the metadata says.
 //!
 //! ```text
-//!   placed here, not open            -> open it
-//!   open, its topic gone             -> stop it and remove its data
-//!   data without a topic, group id below next_group -> remove it: it was deleted meanwhile
-//!   data without a topic, group id from next_group  -> leave it: the metadata here is behind
+//!   placed here, its log is here          -> open it
+//!   placed here, no log
+//!     id below `placed`                   -> quarantine: it had one, which is lost
+//!     id from `placed` on                 -> create it
+//!   open, and no longer placed here       -> stop it and remove its data
+//!   a log that is not placed here         -> remove it
 //! ```
+//!
+//! Logs are created and removed only when this node has caught up with the metadata: before that, it may
+//! see a replica where it was and not where it is. `placed` is written down when all is open.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -20,7 +25,8 @@ use futures_util::{StreamExt, stream};
 use tokio::{sync::watch, time::sleep};
 
 use crate::{
-    metadata::{MetadataState, Published},
+    members::LostReplica,
+    metadata::{MetadataGroup, MetadataState, replica_on},
     partition::{Partition, PartitionMetrics, Services},
 };
 
@@ -29,7 +35,7 @@ const OPEN_COUNT_MAX: usize = 8;
 /// After this time a replica that did not open is tried again.
 const OPEN_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// One replica that belongs on this node.
+/// The replica that belongs on this node.
 #[derive(Clone)]
 pub(crate) enum Local {
     /// It works.
@@ -40,9 +46,18 @@ pub(crate) enum Local {
         replica: ReplicaId,
         /// One line.
         reason: String,
-        /// Whether another try may help.
-        retry: bool,
+        /// Whether it may never be trusted again; another try may help otherwise.
+        quarantined: bool,
     },
+}
+
+impl Local {
+    fn replica(&self) -> ReplicaId {
+        match self {
+            Self::Open(partition) => partition.group().replica(),
+            Self::Failed { replica, .. } => *replica,
+        }
+    }
 }
 
 /// The replicas on this node, by group.
@@ -52,6 +67,8 @@ pub(crate) struct Replicas {
     store: Store,
     metrics: Arc<PartitionMetrics>,
     local: RwLock<HashMap<GroupId, Local>>,
+    /// Every replica placed here with an id below has had a log; unknown when the file was damaged.
+    placed: Mutex<Option<ReplicaId>>,
 }
 
 struct Wanted {
@@ -63,7 +80,15 @@ struct Wanted {
 impl Replicas {
     /// None yet.
     pub(crate) fn new(node: NodeId, host: Host, store: Store, metrics: Arc<PartitionMetrics>) -> Self {
-        Self { node, host, store, metrics, local: RwLock::default() }
+        let placed = store.placed().inspect_err(|error| tracing::warn!(%error, "no log is taken for a new one")).ok();
+        Self { node, host, store, metrics, local: RwLock::default(), placed: Mutex::new(placed) }
+    }
+
+    /// Replicas here that may not be trusted any more.
+    pub(crate) fn quarantined(&self) -> Vec<LostReplica> {
+        let local = self.local.read().unwrap_or_else(PoisonError::into_inner);
+        let lost = local.iter().filter(|(_, local)| matches!(local, Local::Failed { quarantined: true, .. }));
+        lost.map(|(group, local)| LostReplica { group: group.0, replica: local.replica().0 }).collect()
     }
 
     /// The replica of `group` here, if it is open.
@@ -114,12 +139,16 @@ impl Replicas {
         let mut wanted = HashMap::new();
         for topic in state.topics() {
             for (index, placement) in topic.partitions.iter().enumerate() {
-                let Some(own) = placement.replicas.iter().find(|at| at.node == self.node.0) else { continue };
+                let Some(replica) = replica_on(placement, self.node.0) else { continue };
                 let group = GroupId(placement.group);
+                // One that joined later never starts a group.
+                let is_first = !placement.changed && placement.replicas.iter().any(|at| at.replica == replica);
+                let initial = placement.replicas.iter().filter(|_| is_first);
                 let spec = GroupSpec {
                     group,
-                    replica: ReplicaId(own.replica),
-                    initial: placement.replicas.iter().map(|at| (ReplicaId(at.replica), NodeId(at.node))).collect(),
+                    replica: ReplicaId(replica),
+                    initial: initial.map(|at| (ReplicaId(at.replica), NodeId(at.node))).collect(),
+                    may_create: false,
                     first: placement.replicas.first().is_some_and(|at| at.node == self.node.0),
                     followers_act: false,
                 };
@@ -133,16 +162,19 @@ impl Replicas {
     /// Follows the metadata until `stopping`.
     pub(crate) async fn run(
         self: Arc<Self>,
-        mut published: watch::Receiver<Arc<Published>>,
+        metadata: MetadataGroup,
         services: Arc<dyn Services>,
         mut stopping: watch::Receiver<bool>,
     ) {
+        let mut published = metadata.watch();
         loop {
+            let caught_up = !metadata.is_starting();
             let current = published.borrow_and_update().clone();
-            self.reconcile(&current.state, &services).await;
+            self.reconcile(&current.state, caught_up, &services).await;
             let failed = self.retry_wanted();
             tokio::select! {
                 changed = published.changed() => if changed.is_err() { return },
+                () = metadata.caught_up(), if !caught_up => {}
                 () = sleep(OPEN_RETRY_DELAY), if failed => {}
                 _ = stopping.wait_for(|stopping| *stopping) => return,
             }
@@ -151,17 +183,27 @@ impl Replicas {
 
     fn retry_wanted(&self) -> bool {
         let local = self.local.read().unwrap_or_else(PoisonError::into_inner);
-        local.values().any(|local| matches!(local, Local::Failed { retry: true, .. }))
+        local.values().any(|local| matches!(local, Local::Failed { quarantined: false, .. }))
     }
 
-    async fn reconcile(&self, state: &MetadataState, services: &Arc<dyn Services>) {
+    async fn reconcile(&self, state: &MetadataState, caught_up: bool, services: &Arc<dyn Services>) {
         let mut wanted = self.wanted(state);
-        self.remove_unwanted(state, &wanted).await;
+        let next_replica = ReplicaId(state.next_replica());
+        if caught_up {
+            self.remove_unwanted(state, &wanted).await;
+        }
         {
             let local = self.local.read().unwrap_or_else(PoisonError::into_inner);
             wanted.retain(|group, _| {
-                !matches!(local.get(group), Some(Local::Open(_) | Local::Failed { retry: false, .. }))
+                !matches!(local.get(group), Some(Local::Open(_) | Local::Failed { quarantined: true, .. }))
             });
+        }
+        if caught_up {
+            // What was placed before the file was damaged may have had a log.
+            let placed = *self.lock_placed().get_or_insert(next_replica);
+            wanted.values_mut().for_each(|wanted| wanted.spec.may_create = wanted.spec.replica >= placed);
+        } else {
+            wanted.retain(|group, wanted| self.store.has_log(*group, wanted.spec.replica).unwrap_or(true));
         }
         // In the same order on all nodes: a group can have a leader when most of them have opened it.
         let mut wanted: Vec<_> = wanted.into_values().collect();
@@ -169,6 +211,16 @@ impl Replicas {
         stream::iter(wanted)
             .for_each_concurrent(OPEN_COUNT_MAX, |wanted| self.open_one(wanted, services.clone()))
             .await;
+        if caught_up && *self.lock_placed() < Some(next_replica) && self.complete(state) {
+            match self.store.set_placed(next_replica) {
+                Ok(()) => *self.lock_placed() = Some(next_replica),
+                Err(error) => tracing::warn!(%error, "replicas placed here are not written down"),
+            }
+        }
+    }
+
+    fn lock_placed(&self) -> MutexGuard<'_, Option<ReplicaId>> {
+        self.placed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn open_one(&self, wanted: Wanted, services: Arc<dyn Services>) {
@@ -183,30 +235,30 @@ impl Replicas {
             }
             Err(error) => {
                 let reason = format!("{name}: {error}");
-                let retry = !matches!(error, OpenError::Quarantined { .. });
-                tracing::error!(error = reason, retry, "replica does not open");
-                Local::Failed { replica, reason, retry }
+                let quarantined = matches!(error, OpenError::Quarantined { .. });
+                tracing::error!(error = reason, quarantined, "replica does not open");
+                Local::Failed { replica, reason, quarantined }
             }
         };
         self.local.write().unwrap_or_else(PoisonError::into_inner).insert(group, local);
     }
 
     async fn remove_unwanted(&self, state: &MetadataState, wanted: &HashMap<GroupId, Wanted>) {
-        let is_gone = |group: &GroupId| group.0 < state.next_group() && !wanted.contains_key(group);
+        let is_placed =
+            |group: GroupId, replica| wanted.get(&group).is_some_and(|wanted| wanted.spec.replica == replica);
         let gone: Vec<(GroupId, Local)> = {
             let mut local = self.local.write().unwrap_or_else(PoisonError::into_inner);
-            local.extract_if(|group, _| is_gone(group)).collect()
+            local
+                .extract_if(|group, local| group.0 < state.next_group() && !is_placed(*group, local.replica()))
+                .collect()
         };
         for (group, local) in gone {
-            let replica = match local {
-                Local::Open(partition) => {
-                    partition.shutdown().await;
-                    partition.group().replica()
-                }
-                Local::Failed { replica, .. } => replica,
-            };
+            let replica = local.replica();
+            if let Local::Open(partition) = local {
+                partition.shutdown().await;
+            }
             if let Err(error) = self.host.delete(group, replica).await {
-                tracing::warn!(group = group.0, %error, "data of a deleted topic stays on the disk");
+                tracing::warn!(group = group.0, %error, "data of a replica that is gone stays on the disk");
             }
         }
         let on_disk = match self.store.logs() {
@@ -217,12 +269,11 @@ impl Replicas {
             }
         };
         for (group, replica) in on_disk {
-            let is_ours = wanted.get(&group).is_some_and(|wanted| wanted.spec.replica == replica);
-            if group == GroupId::METADATA || group.0 >= state.next_group() || is_ours {
+            if group == GroupId::METADATA || group.0 >= state.next_group() || is_placed(group, replica) {
                 continue;
             }
             if let Err(error) = self.store.delete_log(group, replica) {
-                tracing::warn!(group = group.0, %error, "data of a deleted topic stays on the disk");
+                tracing::warn!(group = group.0, %error, "data of a replica that is gone stays on the disk");
             }
         }
     }

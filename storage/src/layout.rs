@@ -37,6 +37,8 @@ const PREFIX_SIZE: usize = 16;
 const MAGIC: [u8; 4] = *b"ARQS";
 
 pub(crate) const IDENTITY_FILE: &str = "identity";
+/// Below which id every replica placed here has had a log.
+pub(crate) const PLACED_FILE: &str = "placed";
 pub(crate) const LOCK_FILE: &str = "lock";
 pub(crate) const LOGS_DIR: &str = "logs";
 pub(crate) const MANIFEST_FILE: &str = "manifest";
@@ -54,6 +56,7 @@ pub(crate) enum What {
     Segment,
     Mark,
     Index,
+    Placed,
 }
 
 impl What {
@@ -66,6 +69,7 @@ impl What {
             Self::Segment => *b"SEGM",
             Self::Mark => *b"MARK",
             Self::Index => *b"INDX",
+            Self::Placed => *b"PLAC",
         }
     }
 
@@ -78,6 +82,7 @@ impl What {
             Self::Segment => "segment header",
             Self::Mark => "durable mark",
             Self::Index => "segment index",
+            Self::Placed => "placed replicas",
         }
     }
 }

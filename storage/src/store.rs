@@ -18,8 +18,8 @@ use crate::engine::{Engine, Place};
 use crate::error::OpenError;
 use crate::flush::{Done, Op, encode_vote};
 use crate::layout::{
-    IDENTITY_FILE, LOCK_FILE, LOGS_DIR, MANIFEST_FILE, Manifest, VOTE_FILE, decode_identity, encode_identity, log_dir,
-    parse_log_dir,
+    IDENTITY_FILE, LOCK_FILE, LOGS_DIR, MANIFEST_FILE, Manifest, PLACED_FILE, VOTE_FILE, What, decode_identity,
+    encode_identity, log_dir, parse_log_dir, seal, unseal,
 };
 use crate::log::{Log, LogCore, wait};
 use crate::metrics::Metrics;
@@ -28,6 +28,7 @@ use crate::recovery::{Recovery, recover};
 
 /// Largest identity file, in bytes.
 const IDENTITY_SIZE_MAX: usize = 64 << 10;
+const PLACED_SIZE_MAX: usize = 4 << 10;
 /// A hard limit of open files below this is worth a line in the log: a thousand logs have a few
 /// thousand files open, and every connection is one too.
 const FILE_COUNT_LOW: u64 = 16 << 10;
@@ -136,6 +137,7 @@ impl Store {
         })?;
         if ours || disk.list(".").map_err(failed("."))?.iter().any(|name| name == IDENTITY_FILE) {
             check_identity(disk.as_ref(), &identity)?;
+            check_placed(disk.as_ref())?;
         } else {
             let bytes = encode_identity(&identity.cluster, identity.node);
             disk::replace(disk.as_ref(), ".", IDENTITY_FILE, bytes).map_err(failed(IDENTITY_FILE))?;
@@ -167,6 +169,44 @@ impl Store {
             self.hold.engine.disk.list(LOGS_DIR)?.iter().filter_map(|name| parse_log_dir(name)).collect();
         logs.sort_unstable();
         Ok(logs)
+    }
+
+    /// Whether the directory has a log of this replica placement, in whatever state.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn has_log(&self, group: GroupId, replica: ReplicaId) -> io::Result<bool> {
+        match self.hold.engine.disk.list(&log_dir(group, replica)) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What [`Store::set_placed`] was told last; replica 0 if nothing.
+    ///
+    /// # Errors
+    /// `InvalidData` when the file is damaged, or the disk failed.
+    pub fn placed(&self) -> io::Result<ReplicaId> {
+        let disk = self.hold.engine.disk.as_ref();
+        match read_placed(disk)? {
+            None => Ok(ReplicaId(0)),
+            Some(Ok(bound)) => Ok(bound),
+            Some(Err(error)) => {
+                let text = format!("{}: {error}", join(&disk.name(), PLACED_FILE));
+                Err(io::Error::new(io::ErrorKind::InvalidData, text))
+            }
+        }
+    }
+
+    /// Remembers that every replica placed here with an id below `bound` has its log, so that one
+    /// that is missing later is known to be lost. Durable on return.
+    ///
+    /// # Errors
+    /// The disk failed.
+    pub fn set_placed(&self, bound: ReplicaId) -> io::Result<()> {
+        let bytes = seal(What::Placed, &bound.0.to_le_bytes());
+        disk::replace(self.hold.engine.disk.as_ref(), ".", PLACED_FILE, bytes)
     }
 
     /// Opens the log of a replica placement, creating it when it is not there. What was not
@@ -262,6 +302,30 @@ fn check_identity(disk: &dyn Disk, identity: &Identity) -> Result<(), OpenError>
         return Err(OpenError::OtherNode { dir, found: node, expected: identity.node });
     }
     Ok(())
+}
+
+/// What the file says; none when there is no file.
+fn read_placed(disk: &dyn Disk) -> io::Result<Option<Result<ReplicaId, DecodeError>>> {
+    let bytes = match disk::read_all(disk, PLACED_FILE, PLACED_SIZE_MAX) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        bytes => bytes?,
+    };
+    let decode = |payload: &[u8]| {
+        let short = DecodeError::Truncated { what: "placed replicas", need: 8, have: payload.len() };
+        payload.try_into().map(|bound| ReplicaId(u64::from_le_bytes(bound))).map_err(|_| short)
+    };
+    Ok(Some(unseal(What::Placed, &bytes).and_then(decode)))
+}
+
+fn check_placed(disk: &dyn Disk) -> Result<(), OpenError> {
+    let what = join(&disk.name(), PLACED_FILE);
+    match read_placed(disk) {
+        Ok(Some(Err(DecodeError::Version { version, .. }))) => Err(OpenError::NewerFormat { what, version }),
+        // A damaged one is told to whoever asks for it.
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(()),
+        Err(source) => Err(OpenError::Io { what, source }),
+    }
 }
 
 /// Name of a log directory while it is made; it counts only under its final name.

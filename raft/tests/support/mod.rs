@@ -62,7 +62,8 @@ pub async fn open_node(
     host.set_peers(addresses.to_vec());
     let initial = addresses.iter().map(|(node, _)| (ReplicaId(100 + node.0), *node)).collect();
     let applied = Sizes::default();
-    let spec = GroupSpec { group: GROUP, replica: ReplicaId(100 + id), initial, first: id == 1, followers_act: false };
+    let replica = ReplicaId(100 + id);
+    let spec = GroupSpec { group: GROUP, replica, initial, may_create: true, first: id == 1, followers_act: false };
     match host.open(spec, Box::new(applied.clone())).await {
         Ok(group) => Ok(Node { host, group, applied }),
         Err(error) => {

@@ -1,12 +1,6 @@
-//! The metadata's Raft group: one replica on every configured node.
+//! The metadata's Raft group: one replica on every node of the cluster.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use arqon_proto::{
     Batch, BatchKind, DecodeError, GroupId, LEASE_KEY_SIZE, LeaseKey, NodeId, RaftIndex, ReplicaId, wire,
@@ -44,17 +38,38 @@ pub(crate) struct Published {
     pub state: MetadataState,
     /// Its lease keys, the newest last.
     pub lease_keys: Arc<[LeaseKey]>,
+    /// The nodes of the cluster by number; where this node is configured to reach one elsewhere than
+    /// the cluster knows, with those addresses. Before the cluster is formed, those configured.
+    pub nodes: Arc<[wire::NodeInfo]>,
 }
 
 struct Machine {
     state: MetadataState,
+    configured: Arc<[wire::NodeInfo]>,
     published: watch::Sender<Arc<Published>>,
 }
 
 impl Machine {
     fn publish(&self) {
         let lease_keys = self.state.lease_keys().into();
-        self.published.send_replace(Arc::new(Published { state: self.state.clone(), lease_keys }));
+        let nodes = self.nodes();
+        self.published.send_replace(Arc::new(Published { state: self.state.clone(), lease_keys, nodes }));
+    }
+
+    fn nodes(&self) -> Arc<[wire::NodeInfo]> {
+        if self.state.nodes().is_empty() {
+            return self.configured.clone();
+        }
+        let reached = |known: &wire::NodeInfo| match self.configured.iter().find(|info| info.node == known.node) {
+            Some(configured) => wire::NodeInfo {
+                metadata_replica: known.metadata_replica,
+                leaving: known.leaving,
+                seen: known.seen,
+                ..configured.clone()
+            },
+            None => known.clone(),
+        };
+        self.state.nodes().iter().map(reached).collect()
     }
 }
 
@@ -85,7 +100,8 @@ impl StateMachine for Machine {
     }
 
     fn fresh(&self) -> Box<dyn StateMachine> {
-        Box::new(Self { state: MetadataState::default(), published: watch::Sender::default() })
+        let (configured, published) = (self.configured.clone(), watch::Sender::default());
+        Box::new(Self { state: MetadataState::default(), configured, published })
     }
 }
 
@@ -110,6 +126,15 @@ fn decode_outcome(outcome: &[u8]) -> Result<(), wire::Error> {
     }
 }
 
+/// Which replica of the metadata group a node opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Its Raft id.
+    pub replica: ReplicaId,
+    /// Whether the node may be one of those that form the cluster.
+    pub forms: bool,
+}
+
 /// Handle of the local replica.
 #[derive(Clone)]
 pub(crate) struct MetadataGroup {
@@ -118,20 +143,28 @@ pub(crate) struct MetadataGroup {
     group: Group,
     published: watch::Receiver<Arc<Published>>,
     /// Whether everything is applied here that was committed when this node started.
-    caught_up: Arc<AtomicBool>,
+    caught_up: Arc<watch::Sender<bool>>,
 }
 
 impl MetadataGroup {
-    /// Opens the local replica; on a new cluster all of `nodes` are its voters.
-    pub(crate) async fn open(host: &Host, node: NodeId, nodes: &[wire::NodeInfo]) -> Result<Self, OpenError> {
-        let (sender, published) = watch::channel(Arc::new(Published::default()));
-        let machine = Machine { state: MetadataState::default(), published: sender };
-        let initial: Vec<_> = nodes.iter().map(|info| (ReplicaId(info.node), NodeId(info.node))).collect();
+    /// Opens the local replica. If `forms`, the configured nodes are the first voters of a new cluster.
+    pub(crate) async fn open(
+        host: &Host,
+        node: NodeId,
+        nodes: &[wire::NodeInfo],
+        Place { replica, forms }: Place,
+    ) -> Result<Self, OpenError> {
+        let first = Published { nodes: nodes.into(), ..Published::default() };
+        let (sender, published) = watch::channel(Arc::new(first));
+        let machine = Machine { state: MetadataState::default(), configured: nodes.into(), published: sender };
+        let initial = nodes.iter().filter(|_| forms).map(|info| (ReplicaId(info.node), NodeId(info.node))).collect();
         let spec = GroupSpec {
             group: GroupId::METADATA,
-            replica: ReplicaId(node.0),
+            replica,
             first: nodes.iter().map(|info| info.node).min() == Some(node.0),
             initial,
+            // Whether it may begin with an empty log was decided with its place.
+            may_create: true,
             followers_act: true,
         };
         let group = host.open(spec, Box::new(machine)).await?;
@@ -143,6 +176,11 @@ impl MetadataGroup {
         &self.group
     }
 
+    /// All groups of this node.
+    pub(crate) fn host(&self) -> &Host {
+        &self.host
+    }
+
     /// What has been applied here.
     pub(crate) fn published(&self) -> Arc<Published> {
         self.published.borrow().clone()
@@ -151,7 +189,16 @@ impl MetadataGroup {
     /// Whether a topic that is not in [`MetadataGroup::published`] may exist all the same: since
     /// its start this node has not caught up, or the cluster is not formed.
     pub(crate) fn is_starting(&self) -> bool {
-        !self.caught_up.load(Ordering::Acquire) || self.published.borrow().state.nodes().is_empty()
+        !*self.caught_up.borrow() || self.published.borrow().state.nodes().is_empty()
+    }
+
+    /// Resolves when this node has caught up after its start.
+    pub(crate) async fn caught_up(&self) {
+        let mut status = self.caught_up.subscribe();
+        // The sender is in this handle.
+        let _ = status.wait_for(|caught_up| *caught_up).await;
+        let mut published = self.watch();
+        let _ = published.wait_for(|published| !published.state.nodes().is_empty()).await;
     }
 
     /// Follows what is applied here.
@@ -223,7 +270,7 @@ impl MetadataGroup {
         let proposal = self.group.propose(status.term, batch).await.map_err(propose_error)?;
         let applied = proposal.await.map_err(propose_error)?;
         // A leader that has committed an entry of its term has applied all that came before.
-        self.caught_up.store(true, Ordering::Release);
+        self.caught_up.send_replace(true);
         decode_outcome(&applied.outcome)
     }
 
@@ -262,7 +309,29 @@ impl MetadataGroup {
         };
         let mut readable = self.group.readable();
         if readable.wait_for(|readable| readable.index >= Some(committed)).await.is_ok() {
-            self.caught_up.store(true, Ordering::Release);
+            self.caught_up.send_replace(true);
+        }
+    }
+
+    /// Tells the cluster that this replica takes part, so that it is missed if it gets lost.
+    async fn be_seen(&self) {
+        let mut published = self.watch();
+        loop {
+            let (node, metadata_replica) = (self.node.0, self.group.replica().0);
+            let is_missing = |info: &wire::NodeInfo| info.node == node && !info.seen;
+            let current = published.borrow_and_update().clone();
+            if current.state.nodes().iter().any(is_missing) {
+                let command = Command::NodeSeen(wire::NodeSeenCommand { node, metadata_replica });
+                if self.submit(command).await.is_err() {
+                    sleep(RETRY_DELAY).await;
+                    continue;
+                }
+            } else if !current.state.nodes().is_empty() {
+                return;
+            }
+            if published.changed().await.is_err() {
+                return;
+            }
         }
     }
 
@@ -271,6 +340,7 @@ impl MetadataGroup {
     pub(crate) async fn run_duties(self, nodes: Vec<wire::NodeInfo>) {
         let caught_up = async {
             self.catch_up().await;
+            self.be_seen().await;
             std::future::pending().await
         };
         tokio::select! {

@@ -61,17 +61,17 @@ impl Topic {
 /// The cluster's metadata. Cloning is cheap enough to publish every change.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MetadataState {
-    nodes: Vec<wire::NodeInfo>,
+    pub(super) nodes: Vec<wire::NodeInfo>,
     // By tenant and then name, so that a look-up needs no owned key.
-    topics: BTreeMap<String, BTreeMap<String, Arc<Topic>>>,
+    pub(super) topics: BTreeMap<String, BTreeMap<String, Arc<Topic>>>,
     lease_keys: Vec<wire::LeaseKeyState>,
     next_group: u64,
-    next_replica: u64,
+    pub(super) next_replica: u64,
     next_topic: u64,
 }
 
 impl MetadataState {
-    /// The nodes that formed the cluster; empty before that.
+    /// The nodes of the cluster; empty before it is formed.
     #[must_use]
     pub fn nodes(&self) -> &[wire::NodeInfo] {
         &self.nodes
@@ -123,6 +123,16 @@ impl MetadataState {
             Some(Command::CreateTopic(command)) => self.create_topic(command).map(Some),
             Some(Command::DeleteTopic(command)) => self.delete_topic(&command).map(|()| None),
             Some(Command::AddLeaseKey(command)) => self.add_lease_key(command).map(|()| None),
+            Some(Command::AddNode(command)) => self.add_node(command.info).map(|()| None),
+            Some(Command::RemoveNode(command)) => self.remove_node(command.node).map(|()| None),
+            Some(Command::DrainNode(command)) => self.drain_node(&command).map(|()| None),
+            Some(Command::RejoinNode(command)) => self.rejoin_node(&command).map(|()| None),
+            Some(Command::MovePartition(command)) => self.move_partition(&command).map(|()| None),
+            Some(Command::CancelMove(command)) => self.cancel_move(command.group).map(|()| None),
+            Some(Command::ReplaceReplica(command)) => self.replace_replica(&command).map(|()| None),
+            Some(Command::FinishMove(command)) => self.finish_move(&command).map(|()| None),
+            Some(Command::NodeSeen(command)) => self.node_seen(&command).map(|()| None),
+            Some(Command::PreferLeader(command)) => self.prefer_leader(&command).map(|()| None),
             None => Err(invalid("command", "the command is empty or newer than this program")),
         }
     }
@@ -210,13 +220,14 @@ impl MetadataState {
         if config.partitions > limits::PARTITION_COUNT_MAX {
             return Err(invalid("partitions", format!("the limit is {}", limits::PARTITION_COUNT_MAX)));
         }
+        let node_count = self.nodes.iter().filter(|info| !info.leaving).count();
         if config.replication == 0 {
-            config.replication = self.nodes.len().min(REPLICATION_DEFAULT) as u32;
+            config.replication = node_count.min(REPLICATION_DEFAULT) as u32;
         }
-        if config.replication as usize > self.nodes.len() {
+        if config.replication as usize > node_count {
             return Err(invalid(
                 "replication",
-                format!("{} replicas need as many nodes, there are {}", config.replication, self.nodes.len()),
+                format!("{} replicas need as many nodes, there are {node_count}", config.replication),
             ));
         }
         if config.retention_ms == 0 && config.retention_bytes == 0 {
@@ -306,17 +317,18 @@ impl MetadataState {
     // over the partitions of all topics.
     fn place(&mut self, config: wire::TopicConfig, request_id: &Bytes) -> Arc<Topic> {
         let mut partitions = Vec::with_capacity(config.partitions as usize);
+        let nodes: Vec<_> = self.nodes.iter().filter(|info| !info.leaving).cloned().collect();
         for _ in 0..config.partitions {
             let group = self.next_group;
             self.next_group += 1;
             let replicas = (0..u64::from(config.replication)).map(|turn| {
-                let info = &self.nodes[((group + turn) % self.nodes.len() as u64) as usize];
+                let info = &nodes[((group + turn) % nodes.len() as u64) as usize];
                 let replica = self.next_replica;
                 self.next_replica += 1;
                 wire::ReplicaNode { replica, node: info.node, peer_address: info.peer_address.clone() }
             });
             let replicas = replicas.collect();
-            partitions.push(wire::PartitionPlacement { group, replicas });
+            partitions.push(wire::PartitionPlacement { group, replicas, ..Default::default() });
         }
         let (tenant, name) = (config.tenant.clone(), config.name.clone());
         let topic = Arc::new(Topic {

@@ -1,6 +1,7 @@
 //! Whole nodes in this process: real ports, real disks, raw frames.
 
 mod greedy;
+mod members;
 mod one_node;
 mod support;
 mod three_nodes;

@@ -6,7 +6,7 @@ mod loopback;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -16,11 +16,13 @@ use arqon_proto::{
 };
 use arqon_spine::{Auth, AuthKey, Config, Listen, ListenAddresses, Listeners, Log, Node, Peer, Secret, Storage, Tls};
 use bytes::{Bytes, BytesMut};
+use futures_util::future::join_all;
 use loopback::own_loopback;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
@@ -35,7 +37,7 @@ pub struct Cluster {
     pub signer: TokenSigner,
     /// With TLS: what clients must trust, PEM.
     pub ca: Option<Vec<u8>>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// A CA, and a certificate of it with its key for the nodes and for 127.0.0.1; all PEM.
@@ -128,14 +130,54 @@ impl Cluster {
             peers: peers.clone(),
         };
         let configs: Vec<Config> = addresses.iter().enumerate().map(config).collect();
-        let mut nodes = Vec::new();
-        for (config, bound) in configs.iter().zip(bound) {
-            nodes.push(Some(Node::start_on(config.clone(), bound).await.unwrap()));
-        }
+        // A node of a new cluster waits for most of the others.
+        let starting = configs.iter().zip(bound).map(|(config, bound)| Node::start_on(config.clone(), bound));
+        let nodes = join_all(starting).await.into_iter().map(|node| Some(node.unwrap())).collect();
         let signer = TokenSigner::from_pem(TokenAlgorithm::EdDSA, None, pair.private_key_pem.as_bytes()).unwrap();
-        let cluster = Self { nodes, configs, addresses, signer, ca, _folder: folder };
+        let cluster = Self { nodes, configs, addresses, signer, ca, folder };
         cluster.wait_ready().await;
         cluster
+    }
+
+    /// Starts a node that the cluster does not know yet; it runs when it was
+    /// added. Its number is the one after the last.
+    pub fn start_another(&mut self) -> (wire::NodeInfo, JoinHandle<Node>) {
+        let host = self.addresses[0].client.ip();
+        let any = SocketAddr::new(host, 0);
+        let bound = Listeners::bind(&ListenAddresses { client: any, peer: any, control: any, admin: any }).unwrap();
+        let addresses = bound.addresses().unwrap();
+        let node = self.nodes.len() as u64 + 1;
+        let peer = Peer {
+            node,
+            client: addresses.client.to_string(),
+            peer: addresses.peer.to_string(),
+            control: addresses.control.to_string(),
+        };
+        let info = wire::NodeInfo {
+            node,
+            client_address: peer.client.clone(),
+            peer_address: peer.peer.clone(),
+            control_address: peer.control.clone(),
+            ..Default::default()
+        };
+        let mut config = self.configs[0].clone();
+        (config.node, config.data) = (node, self.data(node as usize - 1));
+        config.listen = Listen {
+            client: peer.client.clone(),
+            peer: peer.peer.clone(),
+            control: peer.control.clone(),
+            admin: addresses.admin.to_string(),
+        };
+        config.peers.push(peer);
+        self.configs.push(config.clone());
+        self.addresses.push(addresses);
+        self.nodes.push(None);
+        (info, tokio::spawn(async move { Node::start_on(config, bound).await.unwrap() }))
+    }
+
+    /// Where a node keeps its data.
+    pub fn data(&self, index: usize) -> PathBuf {
+        self.folder.path().join(format!("node-{}", index + 1))
     }
 
     /// Until every running node says that it is ready.

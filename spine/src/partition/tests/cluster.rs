@@ -155,6 +155,7 @@ impl Cluster {
                     group: GroupId(group),
                     replica: replica_of(*node),
                     initial: initial.clone(),
+                    may_create: true,
                     first: node.0 == 1,
                     followers_act: false,
                 };

@@ -1,0 +1,175 @@
+//! Changes of a group's members, one step at a time.
+//!
+//! ```text
+//!   wanted, not a member                     -> made a learner
+//!   a wanted learner lacks entries           -> wait
+//!   the leader goes, a wanted voter is there -> leadership goes to that one; it does the rest
+//!   the leader goes, no wanted voter is there-> the wanted ones become voters beside it
+//!   voters other than wanted, or two sets    -> joint change to those wanted
+//!   a learner that is not wanted             -> removed
+//! ```
+//!
+//! Each step begins from what the group's log says, so whoever leads next goes on where the last
+//! leader stopped, also when what is wanted has changed meanwhile.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use arqon_proto::{NodeId, ReplicaId};
+use openraft::{
+    ChangeMembers, ServerState,
+    errors::{ClientWriteError, RaftError},
+};
+use tokio::time::timeout;
+
+use crate::{
+    group::{CAUGHT_UP_LAG_MAX, Group, ProposeError},
+    types::{ReplicaAt, TypeConfig},
+};
+
+/// A step that is not committed by then is looked at anew.
+const STEP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is left of a change of members.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MembersStep {
+    /// The voters are those wanted, and there is nobody else.
+    Done,
+    /// A new replica copies the log.
+    CatchingUp {
+        /// Entries that the one farthest behind lacks.
+        behind: u64,
+    },
+    /// Leadership was given to a replica that stays.
+    HandedOver,
+    /// A change was committed; the next step may be taken at once.
+    Changed,
+}
+
+/// Members as this replica's log has them.
+struct Members {
+    nodes: BTreeMap<u64, ReplicaAt>,
+    voters: BTreeSet<u64>,
+    is_joint: bool,
+    /// Entries that each other replica lacks; none for one that has not answered.
+    lags: BTreeMap<u64, Option<u64>>,
+}
+
+impl Members {
+    fn of(group: &Group) -> Option<Self> {
+        let metrics = group.raft().metrics();
+        let metrics = openraft::async_runtime::watch::WatchReceiver::borrow_watched(&metrics);
+        if metrics.state != ServerState::Leader {
+            return None;
+        }
+        let membership = metrics.membership_config.membership();
+        let last_index = metrics.last_log_index.unwrap_or_default();
+        let lag = |matching: Option<u64>| matching.map(|index| last_index.saturating_sub(index));
+        let targets = metrics.replication.iter().flatten();
+        Some(Self {
+            nodes: membership.nodes().map(|(id, at)| (*id, *at)).collect(),
+            voters: membership.voter_ids().collect(),
+            is_joint: membership.get_joint_config().len() > 1,
+            lags: targets.map(|(id, matching)| (*id, lag(matching.as_ref().map(|id| id.index())))).collect(),
+        })
+    }
+}
+
+impl Group {
+    /// Whether the members of the group, as far as this replica knows, are voters on just the
+    /// `wanted` replicas.
+    #[must_use]
+    pub fn has_members(&self, wanted: &BTreeMap<ReplicaId, NodeId>) -> bool {
+        let metrics = self.raft().server_metrics();
+        let metrics = openraft::async_runtime::watch::WatchReceiver::borrow_watched(&metrics);
+        let membership = metrics.membership_config.membership();
+        membership.get_joint_config().len() == 1
+            && membership.voter_ids().count() == wanted.len()
+            && membership.nodes().count() == wanted.len()
+            && membership.voter_ids().all(|id| wanted.contains_key(&ReplicaId(id)))
+    }
+
+    /// The replicas that vote, with their nodes, as far as this replica knows.
+    #[must_use]
+    pub fn voters(&self) -> BTreeMap<ReplicaId, NodeId> {
+        let metrics = self.raft().server_metrics();
+        let metrics = openraft::async_runtime::watch::WatchReceiver::borrow_watched(&metrics);
+        let membership = metrics.membership_config.membership();
+        let node = |id: &u64| Some((ReplicaId(*id), NodeId(membership.get_node(id)?.node)));
+        membership.voter_ids().filter_map(|id| node(&id)).collect()
+    }
+
+    /// Takes the next step towards voters on just the `wanted` replicas; see the table above. Called
+    /// again until it is [`MembersStep::Done`], by one task at a time. Every change needs majorities
+    /// of the voters before it and after it, so that a replica that is away may be replaced.
+    ///
+    /// # Errors
+    /// `NotLeader`; `UnknownOutcome` when the step was not committed in time: look again.
+    pub async fn step_members(&self, wanted: &BTreeMap<ReplicaId, NodeId>) -> Result<MembersStep, ProposeError> {
+        let not_leader = || ProposeError::NotLeader { leader: self.leader() };
+        if !self.is_ready() || wanted.is_empty() {
+            return Err(not_leader());
+        }
+        let Some(members) = Members::of(self) else { return Err(not_leader()) };
+        let wanted_ids: BTreeSet<u64> = wanted.keys().map(|replica| replica.0).collect();
+        if let Some((replica, node)) = wanted.iter().find(|(replica, _)| !members.nodes.contains_key(&replica.0)) {
+            let at = BTreeMap::from([(replica.0, ReplicaAt { node: node.0 })]);
+            return self.change(ChangeMembers::AddNodes(at)).await;
+        }
+        if members.voters != wanted_ids || members.is_joint {
+            let learners = wanted_ids.difference(&members.voters);
+            let lags = learners.map(|id| members.lags.get(id).copied().flatten().unwrap_or(u64::MAX));
+            if let Some(behind) = lags.max().filter(|behind| *behind > CAUGHT_UP_LAG_MAX) {
+                return Ok(MembersStep::CatchingUp { behind });
+            }
+            if !wanted_ids.contains(&self.replica().0) {
+                return self.leave(&members, wanted_ids).await;
+            }
+            return self.change(ChangeMembers::ReplaceAllVoters(wanted_ids)).await;
+        }
+        let surplus: BTreeSet<u64> = members.nodes.keys().copied().filter(|id| !wanted_ids.contains(id)).collect();
+        if surplus.is_empty() {
+            return Ok(MembersStep::Done);
+        }
+        self.change(ChangeMembers::RemoveNodes(surplus)).await
+    }
+
+    /// This replica leads and is not to stay.
+    async fn leave(&self, members: &Members, mut wanted: BTreeSet<u64>) -> Result<MembersStep, ProposeError> {
+        let lag = |id: &u64| members.lags.get(id).copied().flatten();
+        let staying = wanted.iter().filter(|id| members.voters.contains(id) && **id != self.replica().0);
+        let heir = staying.filter_map(|id| Some((lag(id)?, *id))).min();
+        match heir {
+            Some((behind, heir)) if behind <= CAUGHT_UP_LAG_MAX => {
+                self.transfer_to(heir).await.map(|()| MembersStep::HandedOver)
+            }
+            Some((behind, _)) => Ok(MembersStep::CatchingUp { behind }),
+            None => {
+                wanted.insert(self.replica().0);
+                self.change(ChangeMembers::ReplaceAllVoters(wanted)).await
+            }
+        }
+    }
+
+    async fn change(&self, change: ChangeMembers<u64, ReplicaAt>) -> Result<MembersStep, ProposeError> {
+        let unknown = |reason: String| ProposeError::UnknownOutcome(reason);
+        // Voters that go leave the group whole: nobody sends them entries any more.
+        match timeout(STEP_PATIENCE, self.raft().change_membership(change, false)).await {
+            Err(_) => Err(unknown("the change of members is not committed yet".to_owned())),
+            Ok(Ok(_)) => Ok(MembersStep::Changed),
+            Ok(Err(RaftError::Fatal(fatal))) => Err(ProposeError::Stopped(fatal.to_string())),
+            Ok(Err(RaftError::APIError(error))) => Err(refused(&error)),
+        }
+    }
+}
+
+fn refused(error: &ClientWriteError<TypeConfig>) -> ProposeError {
+    match error {
+        ClientWriteError::ForwardToLeader(to) => {
+            ProposeError::NotLeader { leader: to.leader_node.map(|at| NodeId(at.node)) }
+        }
+        other => ProposeError::UnknownOutcome(other.to_string()),
+    }
+}

@@ -1,0 +1,317 @@
+//! Nodes that come, go and lose their disks while clients write.
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use arqon_proto::{ProducerStamp, wire};
+use tokio::{task::JoinHandle, time::sleep};
+use wire::ErrorCode;
+
+use crate::support::{Client, Cluster, authorized, batch_of, fetch_from, until};
+
+const TOPIC: &str = "events";
+
+/// Writes one number after the other, each until it is acknowledged, as a careful client does.
+struct Writer {
+    stop: Arc<AtomicBool>,
+    /// Numbers acknowledged so far.
+    count: Arc<AtomicU64>,
+    task: JoinHandle<Duration>,
+}
+
+impl Writer {
+    fn start(cluster: &Cluster) -> Self {
+        let (stop, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let addresses: Vec<_> = cluster.addresses.iter().map(|at| at.client).collect();
+        let token = cluster.admin();
+        let task = tokio::spawn(write(addresses, token, stop.clone(), count.clone()));
+        Self { stop, count, task }
+    }
+
+    /// The numbers acknowledged, and the longest pause between two.
+    async fn stop(self) -> (u64, Duration) {
+        self.stop.store(true, Ordering::Relaxed);
+        let pause = self.task.await.unwrap();
+        (self.count.load(Ordering::Relaxed), pause)
+    }
+
+    /// Until numbers were acknowledged that were sent after this call.
+    async fn goes_on(&self) {
+        let count = self.count.load(Ordering::Relaxed);
+        until("writes go on", async || self.count.load(Ordering::Relaxed) > count + 5).await;
+    }
+}
+
+async fn write(
+    mut addresses: Vec<std::net::SocketAddr>,
+    token: String,
+    stop: Arc<AtomicBool>,
+    count: Arc<AtomicU64>,
+) -> Duration {
+    let (mut client, mut pause, mut last) = (None, Duration::ZERO, Instant::now());
+    while !stop.load(Ordering::Relaxed) {
+        let sequence = count.load(Ordering::Relaxed);
+        let Some(open) = &mut client else {
+            addresses.rotate_left(1);
+            let connecting = tokio::net::TcpStream::connect(addresses[0]).await;
+            client = match connecting {
+                Ok(_) => Client::connect(addresses[0], &token).await.ok(),
+                Err(_) => None,
+            };
+            continue;
+        };
+        let producer = ProducerStamp { id: [9; 16], epoch: 0, base_sequence: sequence };
+        let batch = batch_of("", [sequence.to_string().into()], Some(producer));
+        let request = wire::Produce { topic: TOPIC.into(), ..Default::default() };
+        open.send(wire::frame::Body::Produce(request), &[batch]).await;
+        match open.receive().await {
+            Some((_, Ok(_))) => {}
+            Some((_, Err(refused))) if refused.code() == ErrorCode::Duplicate => {}
+            Some((_, Err(refused))) if refused.code() == ErrorCode::NotLeader => {
+                if let Ok(leader) = refused.leader_address.parse() {
+                    addresses.insert(1, leader);
+                    addresses.truncate(6);
+                }
+                client = None;
+                sleep(Duration::from_millis(5)).await;
+                continue;
+            }
+            Some((_, Err(refused))) if matches!(refused.code(), ErrorCode::Overloaded | ErrorCode::UnknownOutcome) => {
+                continue;
+            }
+            Some((_, Err(refused))) => panic!("{refused:?}"),
+            None => {
+                client = None;
+                continue;
+            }
+        }
+        count.fetch_add(1, Ordering::Relaxed);
+        pause = pause.max(last.elapsed());
+        last = Instant::now();
+    }
+    pause
+}
+
+/// Every number once and in order, as the leader has them.
+async fn assert_all_there(cluster: &Cluster, ask: usize, count: u64) {
+    let leader = cluster.leader_of(ask, TOPIC, 0).await;
+    assert_eq!(read(cluster, leader, count).await, (0..count).map(|at| at.to_string()).collect::<Vec<_>>());
+}
+
+/// What the replica on a node has, up to `count` numbers.
+async fn read(cluster: &Cluster, index: usize, count: u64) -> Vec<String> {
+    let mut client = cluster.connect(index, &cluster.admin()).await;
+    let mut all = Vec::new();
+    while (all.len() as u64) < count {
+        let request = wire::Fetch { any_replica: true, wait_ms: 10_000, ..fetch_from(TOPIC, all.len() as u64) };
+        let part = client.fetch(request).await.unwrap();
+        assert!(!part.is_empty(), "{} of {count} numbers on node {}", all.len(), index + 1);
+        all.extend(part);
+    }
+    all
+}
+
+fn operator(cluster: &Cluster) -> String {
+    cluster.token("acme", &["admin:cluster"])
+}
+
+async fn status(cluster: &Cluster, ask: usize) -> wire::ClusterStatusResponse {
+    let request = authorized(wire::ClusterStatusRequest {}, &cluster.admin());
+    cluster.control(ask).await.cluster_status(request).await.unwrap().into_inner()
+}
+
+async fn add(cluster: &mut Cluster) -> usize {
+    let (info, starting) = cluster.start_another();
+    let request = authorized(wire::AddNodeRequest { info: Some(info.clone()) }, &operator(cluster));
+    cluster.control(0).await.add_node(request).await.unwrap();
+    let index = info.node as usize - 1;
+    cluster.nodes[index] = Some(starting.await.unwrap());
+    index
+}
+
+/// Where the partition has replicas, once nothing moves any more.
+async fn settled(cluster: &Cluster, ask: usize) -> BTreeSet<u64> {
+    until("no replicas move", async || {
+        let now = status(cluster, ask).await;
+        now.moves.is_empty() && now.leaderless_count == 0
+    })
+    .await;
+    let mut client = cluster.connect(ask, &cluster.admin()).await;
+    client.describe(TOPIC).await.unwrap().partitions[0].replica_nodes.iter().copied().collect()
+}
+
+fn move_request(from: u64, to: u64, cancel: bool) -> wire::MovePartitionRequest {
+    wire::MovePartitionRequest { topic: TOPIC.into(), from, to, cancel, ..Default::default() }
+}
+
+/// The whole life of a node, under load: added, given a replica by a move, filled by the decommission of
+/// another one, which is then removed. Nothing that was acknowledged is lost, doubled or reordered.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_come_and_go_under_load() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    let writer = Writer::start(&cluster);
+    writer.goes_on().await;
+
+    let fourth = add(&mut cluster).await;
+    until("the node votes in the metadata group", async || {
+        status(&cluster, 0).await.nodes.iter().any(|node| node.voter && node.info.as_ref().unwrap().node == 4)
+    })
+    .await;
+    until("the node is ready", async || cluster.nodes[fourth].as_ref().unwrap().not_ready().is_none()).await;
+
+    let leader = cluster.leader_of(0, TOPIC, 0).await;
+    let mut control = cluster.control(fourth).await;
+    let request = authorized(move_request(leader as u64 + 1, 4, false), &operator(&cluster));
+    control.move_partition(request).await.unwrap();
+    let nodes = settled(&cluster, fourth).await;
+    assert!(nodes.contains(&4) && !nodes.contains(&(leader as u64 + 1)), "{nodes:?}");
+    writer.goes_on().await;
+
+    // Back onto the node that is not leaving: three are left, each with a replica.
+    let drained = nodes.iter().copied().find(|node| *node != 4).unwrap();
+    let request = authorized(wire::DrainNodeRequest { node: drained, cancel: false }, &operator(&cluster));
+    control.drain_node(request).await.unwrap();
+    let nodes = settled(&cluster, fourth).await;
+    assert_eq!(nodes, (1..=4).filter(|node| *node != drained).collect());
+    let request = authorized(wire::RemoveNodeRequest { node: drained }, &operator(&cluster));
+    control.remove_node(request).await.unwrap();
+    until("the metadata group has three voters", async || {
+        let now = status(&cluster, fourth).await;
+        now.nodes.len() == 3 && now.nodes.iter().all(|node| node.voter)
+    })
+    .await;
+    cluster.stop(drained as usize - 1).await;
+    writer.goes_on().await;
+
+    let (count, pause) = writer.stop().await;
+    assert_all_there(&cluster, fourth, count).await;
+    // The copies that came by moves are whole.
+    for node in nodes {
+        assert_eq!(read(&cluster, node as usize - 1, count).await.len() as u64, count);
+    }
+    println!("{count} numbers acknowledged, the longest pause was {pause:?}");
+    cluster.shutdown().await;
+}
+
+/// A move to a node that is away waits, is seen, and can be taken back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_that_gets_nowhere_is_cancelled_and_leaves_everything_as_it_was() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    let fourth = add(&mut cluster).await;
+    let before = settled(&cluster, 0).await;
+    cluster.stop(fourth).await;
+    let mut control = cluster.control(0).await;
+    let from = *before.iter().next().unwrap();
+    control.move_partition(authorized(move_request(from, 4, false), &operator(&cluster))).await.unwrap();
+    let moves = status(&cluster, 0).await.moves;
+    assert_eq!(
+        (moves[0].topic.as_str(), moves[0].from.as_slice(), moves[0].to.as_slice()),
+        (TOPIC, [from].as_slice(), [4].as_slice())
+    );
+    let again =
+        control.move_partition(authorized(move_request(from, 4, false), &operator(&cluster))).await.unwrap_err();
+    assert_eq!(again.code(), tonic::Code::AlreadyExists);
+    let refused = control.move_partition(authorized(move_request(0, 0, true), &cluster.admin())).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+    control.move_partition(authorized(move_request(0, 0, true), &operator(&cluster))).await.unwrap();
+    assert_eq!(settled(&cluster, 0).await, before);
+    let writer = Writer::start(&cluster);
+    writer.goes_on().await;
+    let (count, _) = writer.stop().await;
+    assert_all_there(&cluster, 0, count).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leadership_goes_where_it_is_sent_and_stays_there() {
+    let cluster = Cluster::start(3).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    let leader = cluster.leader_of(0, TOPIC, 0).await;
+    let to = ((leader + 1) % 3) as u64 + 1;
+    let request = wire::TransferLeaderRequest { topic: TOPIC.into(), to, ..Default::default() };
+    cluster.control(leader).await.transfer_leader(authorized(request, &operator(&cluster))).await.unwrap();
+    assert_eq!(cluster.leader_of(to as usize - 1, TOPIC, 0).await, to as usize - 1);
+    let mut client = cluster.connect(0, &cluster.admin()).await;
+    assert_eq!(client.describe(TOPIC).await.unwrap().partitions[0].replica_nodes[0], to, "it belongs there now");
+    cluster.shutdown().await;
+}
+
+/// A node whose disk is gone must not vote or acknowledge as the one that it was: it comes back under new
+/// replica ids and copies everything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_lost_its_disk_comes_back_as_another_and_copies_everything() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    let writer = Writer::start(&cluster);
+    writer.goes_on().await;
+    until("the cluster has seen all nodes", async || {
+        // Written down only once everything here is open.
+        (0..3).all(|index| cluster.data(index).join("placed").exists())
+    })
+    .await;
+    cluster.stop(1).await;
+    std::fs::remove_dir_all(cluster.data(1)).unwrap();
+    writer.goes_on().await;
+    cluster.restart(1).await;
+    until("the node is ready", async || cluster.nodes[1].as_ref().unwrap().not_ready().is_none()).await;
+    assert_eq!(settled(&cluster, 1).await, BTreeSet::from([1, 2, 3]));
+    let (count, _) = writer.stop().await;
+    assert_eq!(read(&cluster, 1, count).await.len() as u64, count);
+    let logs: Vec<_> =
+        std::fs::read_dir(cluster.data(1).join("logs")).unwrap().map(|at| at.unwrap().file_name()).collect();
+    assert!(logs.iter().all(|name| name.to_str().unwrap().split_once('-').unwrap().1.parse::<u64>().unwrap() > 3));
+    cluster.shutdown().await;
+}
+
+/// A replica whose log is gone, or whose vote cannot be read, is replaced without anybody's help.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_may_not_be_trusted_is_replaced_by_itself() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    let writer = Writer::start(&cluster);
+    writer.goes_on().await;
+    until("what is placed is written down", async || cluster.data(2).join("placed").exists()).await;
+    for damage in [
+        |log: &std::path::Path| std::fs::remove_dir_all(log).unwrap(),
+        |log: &std::path::Path| {
+            std::fs::write(log.join("vote"), b"nonsense").unwrap();
+        },
+    ] {
+        cluster.stop(2).await;
+        let logs = std::fs::read_dir(cluster.data(2).join("logs")).unwrap().map(|at| at.unwrap().path());
+        // Group 0 is the metadata, 1 the operators' topic.
+        let log = logs.filter(|log| log.file_name().unwrap().to_str().unwrap().starts_with("2-")).next().unwrap();
+        damage(&log);
+        cluster.restart(2).await;
+        until("the node is ready", async || cluster.nodes[2].as_ref().unwrap().not_ready().is_none()).await;
+        assert_eq!(settled(&cluster, 2).await, BTreeSet::from([1, 2, 3]));
+        assert!(!log.exists(), "the old replica is gone");
+        writer.goes_on().await;
+    }
+    let (count, _) = writer.stop().await;
+    assert_eq!(read(&cluster, 2, count).await.len() as u64, count);
+    cluster.shutdown().await;
+}
+
+/// The same for the metadata's own replica.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_metadata_replica_that_may_not_be_trusted_is_copied_anew() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    cluster.stop(0).await;
+    std::fs::write(cluster.data(0).join("logs/0-1/vote"), b"nonsense").unwrap();
+    cluster.restart(0).await;
+    until("the node is ready", async || cluster.nodes[0].as_ref().unwrap().not_ready().is_none()).await;
+    until("it votes again", async || status(&cluster, 1).await.nodes.iter().all(|node| node.voter)).await;
+    assert!(!cluster.data(0).join("logs/0-1").exists());
+    cluster.create(0, "another", 3).await.unwrap();
+    cluster.shutdown().await;
+}
