@@ -1,9 +1,12 @@
 //! `arqon cluster status` and `arqon operator list`: what the control plane knows.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use arqon_proto::wire;
 use serde_json::{Value, json};
 
 use crate::cluster_change::{self, AddNodeArgs, DecommissionArgs, MoveArgs, RemoveNodeArgs, TransferArgs};
+use crate::cluster_recover::{self, RecoverArgs};
 use crate::connect::ConnectControl;
 use crate::{Failure, output};
 
@@ -30,6 +33,9 @@ pub enum ClusterCommand {
     /// Give leadership of a partition to a node with a replica of it
     #[command(after_help = "Example: arqon cluster transfer-leader demo.events --partition 1 --to 3")]
     TransferLeader(TransferArgs),
+    /// Go on with what is left when most nodes are lost for good; run beside the stopped node
+    #[command(after_help = "Example: arqon cluster recover --unsafe --config node-1.toml --lost 2,3")]
+    Recover(RecoverArgs),
 }
 
 /// Arguments of `arqon cluster status` and `arqon operator list`.
@@ -54,6 +60,7 @@ pub async fn cluster(command: ClusterCommand) -> Result<(), Failure> {
         ClusterCommand::RemoveNode(args) => cluster_change::remove_node(args).await,
         ClusterCommand::Move(args) => cluster_change::move_partition(args).await,
         ClusterCommand::TransferLeader(args) => cluster_change::transfer_leader(args).await,
+        ClusterCommand::Recover(args) => cluster_recover::recover(args).await,
     }
 }
 
@@ -88,7 +95,15 @@ async fn status(args: StatusArgs) -> Result<(), Failure> {
         })
         .collect();
     output::table(&["NODE", "STATE", "LEADS", "REPLICAS", "CLIENTS AT", "PROBLEMS"], &rows)?;
-    status.moves.iter().try_for_each(|change| output::line(cluster_change::describe(change)))
+    status.moves.iter().try_for_each(|change| output::line(cluster_change::describe(change)))?;
+    status.unsafe_recoveries.iter().try_for_each(|recovery| {
+        let time = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(recovery.time_ms));
+        let lost = recovery.lost.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        output::line(format_args!(
+            "{time}: went on without nodes {lost}; {} partitions may lack events",
+            recovery.groups.len()
+        ))
+    })
 }
 
 fn state(node: &wire::NodeStatus) -> &'static str {
@@ -131,6 +146,14 @@ fn cluster_document(status: &wire::ClusterStatusResponse) -> Value {
             "behind": change.behind,
         })
     };
+    let recovery = |recovery: &wire::UnsafeRecoveryCommand| {
+        let group = |group: &wire::UnsafeGroup| json!({ "group": group.group, "node": group.node, "lost_from": group.kept_offset, "empty": group.empty });
+        json!({
+            "time_ms": recovery.time_ms,
+            "lost_nodes": recovery.lost,
+            "partitions": recovery.groups.iter().map(group).collect::<Vec<_>>(),
+        })
+    };
     json!({
         "cluster": status.cluster,
         "answered_by": status.answered_by,
@@ -139,6 +162,7 @@ fn cluster_document(status: &wire::ClusterStatusResponse) -> Value {
         "partition_count": status.partition_count,
         "leaderless_count": status.leaderless_count,
         "nodes": nodes,
+        "unsafe_recoveries": status.unsafe_recoveries.iter().map(recovery).collect::<Vec<_>>(),
         "moves": status.moves.iter().map(change).collect::<Vec<_>>(),
     })
 }

@@ -13,6 +13,7 @@
 
 mod cluster;
 mod cluster_change;
+mod cluster_recover;
 mod cluster_status;
 mod command;
 mod connect;

@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use crate::{
     store::{Installed, InstalledSlot},
     types::{
-        Applied, Entry, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig, from_wire_log_id,
+        Applied, Entry, LogId, Membership, Snapshot, SnapshotMeta, StoredMembership, TypeConfig, from_wire_log_id,
         from_wire_membership, into_entry, position, wire_log_id, wire_membership,
     },
 };
@@ -133,7 +133,7 @@ impl Machine {
             machine.restore(&snapshot.snapshot)?;
         }
         loop {
-            let next = machine.applied.as_ref().map_or(0, |applied| applied.index() + 1);
+            let next = machine.next_index();
             if next > through.index.0 {
                 break;
             }
@@ -198,7 +198,17 @@ impl Machine {
         });
     }
 
-    fn apply_entry(&mut self, entry: &Entry) -> Applied {
+    /// Index of the entry that is applied next.
+    pub(crate) fn next_index(&self) -> u64 {
+        self.applied.as_ref().map_or(0, |applied| applied.index() + 1)
+    }
+
+    /// The newest applied membership.
+    pub(crate) fn members(&self) -> &Membership {
+        self.membership.membership()
+    }
+
+    pub(crate) fn apply_entry(&mut self, entry: &Entry) -> Applied {
         if let Some(applied) = &self.applied {
             assert!(entry.log_id.index() > applied.index(), "entries are applied in order, each once");
         }

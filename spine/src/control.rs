@@ -257,6 +257,7 @@ impl Broker {
             partition_count,
             leaderless_count,
             moves: Self::move_statuses(&published.state, &reports),
+            unsafe_recoveries: published.state.unsafe_recoveries().to_vec(),
         }
     }
 }

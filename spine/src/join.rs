@@ -98,13 +98,15 @@ pub(crate) async fn open_metadata(
                     if kind == WHO_KIND { Ok(fresh.encode_to_vec().into()) } else { Err("node is starting".to_owned()) }
                 })
             }));
-            find_place(host, node, nodes, None).await
+            // Without that file nobody knows which logs should be here.
+            let all = !store.placed().is_ok_and(|bound| bound > ReplicaId(0));
+            find_place(host, node, nodes, Loss { replica: None, all }).await
         }
     };
     match MetadataGroup::open(host, node, nodes, place).await {
         Err(OpenError::Quarantined { replica, reason, .. }) if nodes.len() > 1 => {
             tracing::error!(replica = replica.0, reason, "the metadata here may not be trusted: copying it anew");
-            let place = find_place(host, node, nodes, Some(replica)).await;
+            let place = find_place(host, node, nodes, Loss { replica: Some(replica), all: false }).await;
             host.delete(GroupId::METADATA, replica).await.map_err(io)?;
             MetadataGroup::open(host, node, nodes, place).await
         }
@@ -112,8 +114,16 @@ pub(crate) async fn open_metadata(
     }
 }
 
-/// `quarantined`: the replica here that may not be trusted, so that there is a cluster.
-async fn find_place(host: &Host, node: NodeId, nodes: &[wire::NodeInfo], quarantined: Option<ReplicaId>) -> Place {
+/// What a node has lost, if it had anything.
+#[derive(Clone, Copy)]
+struct Loss {
+    /// The metadata replica here that may not be trusted: there is a cluster then.
+    replica: Option<ReplicaId>,
+    /// Whether its partitions are lost too.
+    all: bool,
+}
+
+async fn find_place(host: &Host, node: NodeId, nodes: &[wire::NodeInfo], loss: Loss) -> Place {
     let others: Vec<NodeId> = nodes.iter().map(|info| NodeId(info.node)).filter(|other| *other != node).collect();
     let mut news_due = Instant::now() + ASK_PATIENCE;
     loop {
@@ -122,19 +132,19 @@ async fn find_place(host: &Host, node: NodeId, nodes: &[wire::NodeInfo], quarant
             others.iter().copied().zip(answers).filter_map(|(at, a)| Some((at, a?))).collect();
         let mut waits_for = format!("of {} other nodes, {} answer", others.len(), answers.len());
         if let Some((at, who)) = answers.iter().find(|(_, who)| who.formed) {
-            let is_lost = who.seen || quarantined.is_some();
+            let is_lost = who.seen || loss.replica.is_some();
             if who.metadata_replica == 0 {
                 waits_for = format!("node {node} is not in the cluster: run `arqon cluster add-node {node}`");
             } else if !is_lost {
                 return Place { replica: ReplicaId(who.metadata_replica), forms: false };
-            } else if let Some(replica) = rejoin(host, *at, node, who.metadata_replica, quarantined.is_none()).await {
+            } else if let Some(replica) = rejoin(host, *at, node, who.metadata_replica, loss.all).await {
                 tracing::warn!(replica = replica.0, "data of this node is lost: it copies it from the others");
                 return Place { replica, forms: false };
             }
         }
         let fresh_count = 1 + answers.iter().filter(|(_, who)| who.fresh).count();
         let is_known = answers.iter().any(|(_, who)| who.formed);
-        if quarantined.is_none() && !is_known && fresh_count > nodes.len() / 2 {
+        if loss.replica.is_none() && !is_known && fresh_count > nodes.len() / 2 {
             return Place { replica: ReplicaId(node.0), forms: true };
         }
         if Instant::now() >= news_due {

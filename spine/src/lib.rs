@@ -30,6 +30,7 @@ mod metrics;
 mod node;
 mod operators;
 mod partition;
+mod recover;
 mod replicas;
 mod session;
 mod state;
@@ -40,4 +41,5 @@ pub use config::{
     Storage,
 };
 pub use node::{Listeners, Node, StartError};
+pub use recover::{Kept, LostPartition, RecoverError, UnsafeRecovery};
 pub use tls::Tls;

@@ -5,6 +5,7 @@
 //!                                they are, and a move was under way: FinishMove
 //!   leader of the metadata       its own voters: one replica on every node
 //!                                a replica is quarantined somewhere: ReplaceReplica, one at a time
+//!                                a partition has too few copies: ExtendPartition, one at a time
 //! ```
 //!
 //! Everything goes by the metadata and the group's log as they are now, so whoever leads next goes on.
@@ -167,7 +168,8 @@ impl Broker {
         });
     }
 
-    /// On the leader of the metadata: gives quarantined replicas successors, until stopped.
+    /// On the leader of the metadata: gives quarantined replicas successors, and partitions the copies that
+    /// they lack, until stopped.
     pub(crate) async fn run_replacements(self: Arc<Self>) {
         let mut stopping = self.stopping.subscribe();
         loop {
@@ -178,8 +180,14 @@ impl Broker {
             if !self.metadata.group().is_ready() || self.metadata.is_starting() {
                 continue;
             }
-            let reports = self.reports().await;
             let published = self.metadata.published();
+            if let Some(group) = published.state.to_extend() {
+                let command = Command::ExtendPartition(wire::ExtendPartitionCommand { group });
+                if let Err(refused) = self.metadata.submit(command).await {
+                    tracing::debug!(refused = refused.message, "partition not extended");
+                }
+            }
+            let reports = self.reports().await;
             if let Some(lost) = to_replace(&published.state, &reports) {
                 tracing::warn!(group = lost.group, replica = lost.replica, "replacing a quarantined replica");
                 let command = wire::ReplaceReplicaCommand { group: lost.group, replica: lost.replica };

@@ -10,6 +10,6 @@ mod group;
 mod members;
 mod state;
 
-pub(crate) use group::{COMMITTED_KIND, FORWARD_KIND, MetadataGroup, Place, Published};
+pub(crate) use group::{COMMITTED_KIND, FORWARD_KIND, MetadataGroup, MetadataReader, Place, Published};
 pub use members::{metadata_replica, replica_on, wanted_replicas};
 pub use state::{MetadataState, Topic};

@@ -105,6 +105,42 @@ impl StateMachine for Machine {
     }
 }
 
+/// Applies a metadata log outside of its group, for whoever holds the other end.
+pub(crate) struct MetadataReader(watch::Sender<MetadataState>);
+
+impl MetadataReader {
+    /// A reader, and what it has read.
+    pub(crate) fn new() -> (Self, watch::Receiver<MetadataState>) {
+        let (sender, state) = watch::channel(MetadataState::default());
+        (Self(sender), state)
+    }
+}
+
+impl StateMachine for MetadataReader {
+    fn apply(&mut self, batch: &Batch) -> Bytes {
+        if batch.header.kind == BatchKind::Control
+            && let Ok(command) = wire::MetadataCommand::decode(batch.records.clone())
+        {
+            // What is refused changes nothing.
+            self.0.send_modify(|state| drop(state.apply(command)));
+        }
+        Bytes::new()
+    }
+
+    fn checkpoint(&self) -> Bytes {
+        self.0.borrow().encode()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DecodeError> {
+        self.0.send_replace(MetadataState::decode(state)?);
+        Ok(())
+    }
+
+    fn fresh(&self) -> Box<dyn StateMachine> {
+        Box::new(Self::new().0)
+    }
+}
+
 fn encode_outcome(outcome: Result<(), wire::Error>) -> Bytes {
     let mut out = BytesMut::new();
     match outcome {

@@ -186,7 +186,7 @@ impl MetadataState {
             let target: Vec<_> = wanted_replicas(placement).iter().filter(|at| at.node != node).cloned().collect();
             placement.target = target;
         }
-        self.move_all_from(node, &staying);
+        self.move_all_from(node);
         Ok(())
     }
 
@@ -194,12 +194,9 @@ impl MetadataState {
         self.nodes.iter_mut().filter(|info| info.node == node).for_each(|info| info.leaving = leaving);
     }
 
-    /// Every replica on `node` gets a successor on the one of `staying` that has the fewest.
-    fn move_all_from(&mut self, node: u64, staying: &[u64]) {
-        let mut load: Vec<(u64, u64)> = staying.iter().map(|node| (0, *node)).collect();
-        for at in self.placements().flat_map(|placement| wanted_replicas(placement)) {
-            load.iter_mut().filter(|(_, other)| *other == at.node).for_each(|(count, _)| *count += 1);
-        }
+    /// Every replica on `node` gets a successor on the node that has the fewest of those that stay.
+    fn move_all_from(&mut self, node: u64) {
+        let mut load = self.load();
         let (addresses, mut next_replica) = (self.nodes.clone(), self.next_replica);
         for placement in self.placements() {
             let mut target = wanted_replicas(placement).to_vec();
@@ -305,6 +302,84 @@ impl MetadataState {
         placement.replicas = std::mem::take(&mut placement.target);
         placement.changed = true;
         Ok(())
+    }
+
+    pub(super) fn extend_partition(&mut self, group: u64) -> Result<(), wire::Error> {
+        let topic = self.topics().find(|topic| topic.partitions.iter().any(|at| at.group == group));
+        let wanted = topic.map_or(0, |topic| topic.config.replication as usize);
+        let load = self.load();
+        let (nodes, replica) = (self.nodes.clone(), self.next_replica);
+        let placement = self.placement(group)?;
+        if !placement.target.is_empty() || placement.replicas.len() >= wanted {
+            return Err(error(wire::ErrorCode::AlreadyExists, "the partition has its copies, or is getting them"));
+        }
+        let is_free = |node: &u64| placement.replicas.iter().all(|at| at.node != *node);
+        let least = load.iter().filter(|(_, node)| is_free(node)).min();
+        let Some(info) = least.and_then(|(_, node)| nodes.iter().find(|info| info.node == *node)) else {
+            return Err(invalid("group", "no node is left for another copy"));
+        };
+        let peer_address = info.peer_address.clone();
+        placement.target = placement.replicas.clone();
+        placement.target.push(wire::ReplicaNode { replica, node: info.node, peer_address });
+        self.next_replica += 1;
+        Ok(())
+    }
+
+    /// A partition that has fewer copies than its topic asks for, and could have more.
+    #[must_use]
+    pub fn to_extend(&self) -> Option<u64> {
+        let node_count = self.nodes.iter().filter(|info| !info.leaving).count();
+        let settled = self.topics().filter(|topic| topic.config.tenant != SYSTEM_TENANT);
+        settled.into_iter().find_map(|topic| {
+            let wanted = (topic.config.replication as usize).min(node_count);
+            let lacks = |at: &&wire::PartitionPlacement| at.target.is_empty() && at.replicas.len() < wanted;
+            topic.partitions.iter().find(lacks).map(|at| at.group)
+        })
+    }
+
+    /// Replicas on each node that is not leaving.
+    fn load(&self) -> Vec<(u64, u64)> {
+        let staying = self.nodes.iter().filter(|info| !info.leaving);
+        let all = || self.topics().flat_map(|topic| &topic.partitions).flat_map(wanted_replicas);
+        staying.map(|info| (all().filter(|at| at.node == info.node).count() as u64, info.node)).collect()
+    }
+
+    /// The lost nodes are gone, and every partition has the replicas that are left.
+    pub(super) fn recover_unsafely(&mut self, command: wire::UnsafeRecoveryCommand) -> Result<(), wire::Error> {
+        self.nodes.retain(|info| !command.lost.contains(&info.node));
+        let mut next_replica = self.next_replica;
+        for placement in self.placements() {
+            let left = |list: &[wire::ReplicaNode]| -> Vec<_> {
+                list.iter().filter(|at| !command.lost.contains(&at.node)).cloned().collect()
+            };
+            let known = command.groups.iter().find(|known| known.group == placement.group);
+            placement.replicas = left(&placement.replicas);
+            placement.target = left(&placement.target);
+            if let Some(known) = known.filter(|known| known.empty) {
+                // A group of its own begins here.
+                let at = wire::ReplicaNode { replica: next_replica, node: known.node, ..Default::default() };
+                next_replica += 1;
+                (placement.replicas, placement.changed) = (vec![at], false);
+                placement.target.clear();
+            } else if let Some(known) = known {
+                let all = placement.replicas.iter().chain(&placement.target);
+                let kept = all.filter(|at| at.node == known.node).take(1).cloned().collect();
+                (placement.replicas, placement.changed) = (kept, true);
+                placement.target.clear();
+            }
+            if placement.target == placement.replicas {
+                placement.target.clear();
+            }
+        }
+        self.next_replica = next_replica;
+        self.unsafe_recoveries.push(command);
+        Ok(())
+    }
+
+    /// The recoveries from a lost majority, oldest first.
+    #[must_use]
+    pub fn unsafe_recoveries(&self) -> &[wire::UnsafeRecoveryCommand] {
+        &self.unsafe_recoveries
     }
 
     pub(super) fn prefer_leader(&mut self, command: &wire::PreferLeaderCommand) -> Result<(), wire::Error> {

@@ -68,6 +68,7 @@ pub struct MetadataState {
     next_group: u64,
     pub(super) next_replica: u64,
     next_topic: u64,
+    pub(super) unsafe_recoveries: Vec<wire::UnsafeRecoveryCommand>,
 }
 
 impl MetadataState {
@@ -132,6 +133,8 @@ impl MetadataState {
             Some(Command::ReplaceReplica(command)) => self.replace_replica(&command).map(|()| None),
             Some(Command::FinishMove(command)) => self.finish_move(&command).map(|()| None),
             Some(Command::NodeSeen(command)) => self.node_seen(&command).map(|()| None),
+            Some(Command::ExtendPartition(command)) => self.extend_partition(command.group).map(|()| None),
+            Some(Command::UnsafeRecovery(command)) => self.recover_unsafely(command).map(|()| None),
             Some(Command::PreferLeader(command)) => self.prefer_leader(&command).map(|()| None),
             None => Err(invalid("command", "the command is empty or newer than this program")),
         }
@@ -352,6 +355,7 @@ impl MetadataState {
             next_group: self.next_group,
             next_replica: self.next_replica,
             next_topic: self.next_topic,
+            unsafe_recoveries: self.unsafe_recoveries.clone(),
         }
         .encode_to_vec()
         .into()
@@ -376,6 +380,7 @@ impl MetadataState {
             next_group: state.next_group,
             next_replica: state.next_replica,
             next_topic: state.next_topic,
+            unsafe_recoveries: state.unsafe_recoveries,
         })
     }
 }

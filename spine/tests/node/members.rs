@@ -315,3 +315,54 @@ async fn a_metadata_replica_that_may_not_be_trusted_is_copied_anew() {
     cluster.create(0, "another", 3).await.unwrap();
     cluster.shutdown().await;
 }
+
+/// Two disks of three are lost. Nobody can know what only they had; the operator decides to go on, and that
+/// stands in the cluster's status. The lost nodes come back empty and the copies are made again.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_may_go_on_from_one_node_of_three() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    let writer = Writer::start(&cluster);
+    writer.goes_on().await;
+    let (count, _) = writer.stop().await;
+    // Followers learn of the last commit a little later; what they have is kept in any case.
+    assert_eq!(read(&cluster, 0, count).await.len() as u64, count);
+    for index in 0..3 {
+        cluster.stop(index).await;
+    }
+    let refused = arqon_spine::UnsafeRecovery::plan(&cluster.configs[0], BTreeSet::from([2]), None);
+    let refused = refused.err().unwrap().to_string();
+    assert!(refused.contains("--lost: most nodes are left"), "{refused}");
+    for index in [1, 2] {
+        std::fs::remove_dir_all(cluster.data(index)).unwrap();
+    }
+    let recovery = arqon_spine::UnsafeRecovery::plan(&cluster.configs[0], BTreeSet::from([2, 3]), None).unwrap();
+    let lost = recovery.partitions().iter().find(|lost| lost.topic == TOPIC).unwrap().clone();
+    assert_eq!((lost.kept.unwrap().end.0, lost.is_empty), (count, false));
+    recovery.carry_out().await.unwrap();
+
+    cluster.restart(0).await;
+    until("the node is ready", async || cluster.nodes[0].as_ref().unwrap().not_ready().is_none()).await;
+    let now = status(&cluster, 0).await;
+    assert_eq!((now.nodes.len(), now.unsafe_recoveries[0].lost.as_slice()), (1, [2, 3].as_slice()));
+    assert_all_there(&cluster, 0, count).await;
+
+    for index in [1, 2] {
+        let info = wire::NodeInfo {
+            node: index as u64 + 1,
+            client_address: cluster.addresses[index].client.to_string(),
+            peer_address: cluster.addresses[index].peer.to_string(),
+            control_address: cluster.addresses[index].control.to_string(),
+            ..Default::default()
+        };
+        let request = authorized(wire::AddNodeRequest { info: Some(info) }, &operator(&cluster));
+        cluster.control(0).await.add_node(request).await.unwrap();
+        cluster.restart(index).await;
+    }
+    until("there are three copies again", async || settled(&cluster, 0).await == BTreeSet::from([1, 2, 3])).await;
+    assert_eq!(read(&cluster, 2, count).await.len() as u64, count);
+    cluster.stop(0).await;
+    let leader = cluster.leader_of(1, TOPIC, 0).await;
+    assert_eq!(read(&cluster, leader, count).await.len() as u64, count);
+    cluster.shutdown().await;
+}
