@@ -9,7 +9,10 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -80,6 +83,9 @@ pub(crate) struct Report {
     /// How far the changes of replicas are that it leads.
     #[prost(message, repeated, tag = "7")]
     pub moves: Vec<Progress>,
+    /// Its disk is slow, and others should lead.
+    #[prost(bool, tag = "8")]
+    pub slow: bool,
 }
 
 /// The shared part of a node.
@@ -100,6 +106,8 @@ pub(crate) struct Broker {
     pub leaders: Mutex<HashMap<GroupId, NodeId>>,
     /// How far the changes of replicas are that this node leads.
     pub moves: Mutex<HashMap<GroupId, Progress>>,
+    /// Whether the disk here is slow.
+    pub slow: AtomicBool,
 }
 
 impl Broker {
@@ -290,6 +298,14 @@ impl Broker {
         }
     }
 
+    fn problems(&self) -> Vec<String> {
+        let mut problems = self.replicas.problems();
+        if self.slow.load(Ordering::Relaxed) {
+            problems.push("the disk takes over 500 ms for a flush; other nodes lead".to_owned());
+        }
+        problems
+    }
+
     /// What this node tells others of itself.
     pub(crate) fn report(&self) -> Report {
         let published = self.metadata.published();
@@ -300,9 +316,10 @@ impl Broker {
             next_group: published.state.next_group(),
             complete: self.replicas.complete(&published.state),
             replica_count: open.len() as u32,
-            problems: self.replicas.problems(),
+            problems: self.problems(),
             quarantined: self.replicas.quarantined(),
             moves: self.moves.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect(),
+            slow: self.slow.load(Ordering::Relaxed),
         }
     }
 
@@ -356,7 +373,10 @@ impl Broker {
             for info in self.nodes().iter().filter(|info| self.host.peer_reachable(info.node.into())) {
                 reachable_since.entry(info.node.into()).or_insert_with(Instant::now);
             }
-            for (partition, heir) in self.led_for_others(&reachable_since) {
+            let away = self.led_for_others(&reachable_since);
+            let reports = if away.is_empty() { Vec::new() } else { self.reports().await };
+            let slow: Vec<NodeId> = reports.iter().filter(|(_, report)| report.slow).map(|(node, _)| *node).collect();
+            for (partition, heir) in away.into_iter().filter(|(_, heir)| !slow.contains(heir)) {
                 if let Err(cause) = partition.group().transfer_leader(heir).await {
                     tracing::debug!(group = partition.group_id().0, %cause, "leadership not given back");
                 }

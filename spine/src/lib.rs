@@ -33,6 +33,7 @@ mod partition;
 mod recover;
 mod replicas;
 mod session;
+mod slow;
 mod state;
 mod tls;
 

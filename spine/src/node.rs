@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     io,
     net::{SocketAddr, TcpListener},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -196,6 +196,7 @@ impl Node {
             stopping: watch::Sender::new(false),
             leaders: Mutex::new(HashMap::new()),
             moves: Mutex::default(),
+            slow: AtomicBool::default(),
         });
         answer_forwards(&broker);
         let tasks = start_tasks(&broker, ahead);
@@ -283,6 +284,7 @@ fn start_tasks(broker: &Arc<Broker>, ahead: Ahead) -> Vec<JoinHandle<()>> {
         tokio::spawn(broker.clone().run_balance()),
         tokio::spawn(broker.clone().run_members()),
         tokio::spawn(broker.clone().run_replacements()),
+        tokio::spawn(broker.clone().run_slow_watch()),
         tokio::spawn(follow_nodes(broker.clone())),
         tokio::spawn(follow_operators(broker.clone())),
         tokio::spawn(expire_operators(broker.clone())),

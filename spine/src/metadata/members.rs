@@ -493,7 +493,7 @@ mod tests {
         let refused = run(&mut state, Command::RemoveNode(wire::RemoveNodeCommand { node: 2 })).unwrap_err();
         assert!(refused.message.contains("decommission it first"), "{}", refused.message);
         finish(&mut state);
-        let mut count = [0; 6];
+        let mut count = [0_i32; 6];
         let mut replicas = std::collections::HashSet::new();
         for at in placements(&state) {
             let mut nodes = nodes_of(&at.replicas);
