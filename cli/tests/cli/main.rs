@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends at the first thing that fails")]
 
 mod bad_input;
+mod members;
 mod running;
 mod samples;
 mod tour;
