@@ -86,7 +86,7 @@ impl MetadataState {
             ("control_address", &info.control_address),
         ];
         if let Some((field, address)) = addresses.into_iter().find(|(_, address)| !is_address(address)) {
-            return Err(invalid(field, format!("{address:?} is not HOST:PORT")));
+            return Err(invalid(field, format!("{field}: {address:?} is not HOST:PORT")));
         }
         if self.nodes.is_empty() {
             return Err(error(wire::ErrorCode::Overloaded, "the cluster is not formed yet"));

@@ -321,6 +321,7 @@ impl Client {
 
     pub async fn raw(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).await.unwrap();
+        stream.set_nodelay(true).unwrap();
         Self { stream, buffer: BytesMut::new(), next_id: 0, welcome: wire::Welcome::default() }
     }
 
