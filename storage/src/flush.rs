@@ -16,6 +16,7 @@ use crate::layout::{MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, VOTE_FILE, What
 use crate::log::{LogCore, OnFlushed, State};
 use crate::metrics;
 use crate::position::{LogPosition, index_after};
+use crate::repair::Repair;
 use crate::segment::Segment;
 use crate::space::SpaceState;
 
@@ -79,6 +80,11 @@ pub(crate) enum Op {
     },
     /// Sync the durable mark.
     Mark(Option<Done>),
+    /// Put lost entries in their place.
+    Repair {
+        repair: Box<Repair>,
+        done: Done,
+    },
     /// Remove the log.
     Delete(OnFlushed),
 }
@@ -255,6 +261,8 @@ impl LogCore {
                     }
                 }
             }
+            // The log is as it was when this fails.
+            Op::Repair { repair, done } => done.send(self.repair(&repair)),
             Op::Delete(done) => {
                 self.lock().closed = true;
                 self.fail_queue("the log was deleted");
@@ -503,6 +511,7 @@ impl LogCore {
                 | Op::Purge { done, .. }
                 | Op::Restart { done, .. }
                 | Op::Vote { done, .. }
+                | Op::Repair { done, .. }
                 | Op::Mark(Some(done)) => done.send(Err(error())),
                 Op::Roll(_) | Op::Mark(None) => {}
             }

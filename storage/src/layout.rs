@@ -296,6 +296,12 @@ impl SegmentHeader {
     }
 }
 
+/// Base offset and base index of a segment's file name, as [`SegmentHeader::file_name`] makes it.
+pub(crate) fn parse_file_name(name: &str) -> Option<(Offset, RaftIndex)> {
+    let (offset, index) = name.strip_suffix(".seg")?.split_once('-')?;
+    Some((Offset(offset.parse().ok()?), RaftIndex(index.parse().ok()?)))
+}
+
 /// The durable mark: everything below `next_index` was flushed when it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Mark {

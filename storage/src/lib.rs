@@ -23,6 +23,7 @@
 //!   recent.rs    entries in memory          turn.rs      a round on the thread that appends
 //!   segment.rs   one file                   layout.rs    its bytes
 //!   index.rs     where to enter a segment  space.rs    what the disk still takes
+//!   damage.rs    what cannot be read       repair.rs   and how it is put right
 //!   disk.rs      what is needed of a disk: real, in memory, faulty
 //! ```
 //!
@@ -34,6 +35,7 @@
 //! This crate knows neither Raft nor records: votes, checkpoints and payloads are bytes.
 
 mod checkpoint;
+mod damage;
 mod disk;
 mod engine;
 mod error;
@@ -48,12 +50,14 @@ mod position;
 mod read;
 mod recent;
 mod recovery;
+mod repair;
 mod segment;
 mod space;
 mod store;
 mod turn;
 
 pub use checkpoint::CheckpointKind;
+pub use damage::Damage;
 pub use disk::faulty::{FaultyDisk, Operation};
 pub use disk::memory::MemoryDisk;
 pub use disk::real::RealDisk;

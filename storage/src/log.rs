@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::checkpoint::{CheckpointKind, CheckpointWrite};
+use crate::damage::DamageList;
 use crate::engine::{Engine, Next, Writer};
 use crate::error::Error;
 use crate::flush::{Done, Group, LogIo, Op};
@@ -76,6 +77,8 @@ pub(crate) struct State {
     pub cuts: VecDeque<u64>,
     pub closed: bool,
     pub poisoned: Option<String>,
+    /// What cannot be read from the segments.
+    pub damage: DamageList,
     pub checkpoints: Vec<(CheckpointKind, LogPosition)>,
     pub checkpoints_waiting: Vec<CheckpointWrite>,
     /// Whether a mark was written and not synced, or a committed position not written.
@@ -416,6 +419,7 @@ impl Log {
             (Arc::clone(&tail.segment), tail.end)
         });
         state.recent.keep_below(index);
+        state.damage.keep(0, index);
         state.last = last;
         state.flushed =
             state.flushed.filter(|flushed| flushed.index.0 < index).or(last.filter(|_| state.flushed.is_some()));
@@ -464,21 +468,26 @@ impl Log {
         position: LogPosition,
         done: oneshot::Sender<io::Result<()>>,
     ) -> io::Result<()> {
+        let start = position.index.0 + 1;
         let (start_chain, start_offset) = if state.last.is_some_and(|last| last.index == position.index) {
             (state.chain, state.next_offset)
+        } else if let Some(begins) = state.segments.iter().find(|segment| segment.base_index() == start) {
+            // The first entry of a segment need not be readable for this.
+            (begins.segment.header.chain, begins.segment.header.base_offset)
         } else {
-            let (_, header) = self.core.locate(state, position.index.0 + 1)?;
+            let (_, header) = self.core.locate(state, start)?;
             (header.chain, header.base_offset)
         };
         let mut removed = Vec::new();
         while state.segments.len() > 1
             && let Some(first) = state.segments.front()
-            && first.next_index <= position.index.0 + 1
+            && first.next_index <= start
         {
             removed.push(Arc::clone(&first.segment));
             state.segments.pop_front();
         }
-        state.recent.keep_from(position.index.0 + 1);
+        state.recent.keep_from(start);
+        state.damage.keep(start, u64::MAX);
         state.purged = Some(position);
         state.log_start = start_offset;
         let done = Done::new(done);
@@ -526,6 +535,7 @@ impl Log {
     ) {
         let removed = state.segments.drain(..).rev().map(|segment| segment.segment).collect();
         state.recent.clear();
+        state.damage.keep(0, 0);
         state.purged = Some(position);
         state.last = Some(position);
         state.next_offset = next_offset;

@@ -103,8 +103,14 @@ pub struct Metrics {
     pub vote_count: AtomicU64,
     /// Logs closed for writing by a failed write or sync.
     pub poisoned_count: AtomicU64,
-    /// Batches whose bytes failed their checks on a read.
+    /// Reads that met bytes which fail their checks, or damage known of.
     pub damaged_read_count: AtomicU64,
+    /// Ranges of damaged entries known of now.
+    pub damage_count: AtomicU64,
+    /// Ranges of damaged entries found so far: at open, by reads, by the scrubber.
+    pub damage_found_count: AtomicU64,
+    /// Ranges of damaged entries repaired so far.
+    pub repaired_count: AtomicU64,
     /// From the start of the write of a group to the end of its fdatasync.
     pub flush_latency: Histogram,
     /// From the first append of a group to the end of its fdatasync.

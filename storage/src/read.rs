@@ -4,8 +4,9 @@ use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use arqon_proto::{Batch, BatchKind, Header, Offset, RaftIndex};
+use arqon_proto::{Batch, BatchKind, Header, Offset, RaftIndex, Term};
 
+use crate::damage::Damage;
 use crate::error::ReadError;
 use crate::index::IndexPoint;
 use crate::log::{Log, LogCore, State};
@@ -45,6 +46,17 @@ impl Span {
         let segment = Arc::clone(&segment.segment);
         Self { segment, at: from.at, end, next_offset, index: from.index, offset: from.offset }
     }
+
+    /// The same, at most to where damage begins that is known of.
+    fn sound(state: &State, segment: &SegmentState, from: IndexPoint) -> Self {
+        let mut span = Self::of(state, segment, from);
+        if let Some((at, damage)) = state.damage.inside_from(segment, from.at)
+            && at < span.end
+        {
+            (span.end, span.next_offset) = (at, damage.first_offset.0);
+        }
+        span
+    }
 }
 
 /// Entries up to and with `until`, which all have its term unless those before it are given.
@@ -58,11 +70,28 @@ struct TermChange {
 
 impl LogCore {
     /// The whole log, in the pieces that points of the index make.
-    fn term_changes(&self) -> Vec<TermChange> {
+    fn term_changes(&self) -> Result<Vec<TermChange>, ReadError> {
         let state = self.lock();
         let first_recent = state.first_recent().unwrap_or(u64::MAX);
-        let mut changes = Vec::new();
+        let mut changes: Vec<TermChange> = Vec::new();
+        let mut term = state.purged.map_or(Term(0), |purged| purged.term);
         for segment in &state.segments {
+            if let Some(damage) = state.damage.before_segment(segment.base_index()) {
+                let until = LogPosition { term: segment.segment.header.term_before, index: damage.last };
+                if until.term != term {
+                    return Err(damage.read_error());
+                }
+                changes.push(TermChange { span: None, recent: Vec::new(), until });
+            }
+            // Damage at its beginning has no point of the index.
+            if let Some(first) = segment.points().first()
+                && first.index > segment.base_index()
+                && Term(first.term) != segment.segment.header.term_before
+                && let Some(damage) = state.damage.at_index(segment.base_index())
+            {
+                return Err(damage.read_error());
+            }
+            term = Term(segment.last_term);
             let Some(last) = segment.last() else { continue };
             let position = |point: &IndexPoint| LogPosition::new(point.term, point.index);
             for (number, from) in segment.points().iter().enumerate() {
@@ -78,7 +107,7 @@ impl LogCore {
                 });
             }
         }
-        changes
+        Ok(changes)
     }
 
     /// Walks the headers of `span`, and reads the batches that `choose` takes, about `size`
@@ -91,7 +120,8 @@ impl LogCore {
         mut take: impl FnMut(Batch),
     ) -> Result<bool, ReadError> {
         let segment = Arc::clone(&span.segment);
-        let mut walk = Walk::of_batches(segment.file()?.as_ref(), span.at, span.end, size);
+        let file = segment.file()?;
+        let mut walk = Walk::of_batches(file.as_ref(), span.at, span.end, size);
         let mut at = span.at;
         loop {
             let header = match walk.next() {
@@ -132,8 +162,18 @@ impl LogCore {
         Ok(self.locate(state, through.0)?.1.next_offset())
     }
 
+    /// The answer to a read of known damage.
+    fn refuse(&self, damage: &Damage) -> ReadError {
+        self.engine.metrics.damaged_read_count.fetch_add(1, Ordering::Relaxed);
+        damage.read_error()
+    }
+
     fn damage(&self, span: &Span, at: u64, header: Option<&Header>, reason: String) -> ReadError {
         self.engine.metrics.damaged_read_count.fetch_add(1, Ordering::Relaxed);
+        let known = self.examine(&span.segment, at);
+        if let Some(damage) = known.filter(|damage| (damage.first.0..=damage.last.0).contains(&span.index)) {
+            return damage.read_error();
+        }
         let (index, first, next) = match header {
             Some(header) => (header.index.0, header.base_offset.0, header.next_offset().0),
             // Without a header nothing is known up to the next point of the index.
@@ -180,6 +220,11 @@ impl Gathered {
         Self { batches: Vec::new(), size: 0, size_max }
     }
 
+    /// What was gathered, or what stands in the way.
+    fn or(self, error: impl FnOnce() -> ReadError) -> Result<Vec<Batch>, ReadError> {
+        if self.batches.is_empty() { Err(error()) } else { Ok(self.batches) }
+    }
+
     fn fits(&mut self, header: &Header) -> bool {
         let size = self.size + header.batch_size();
         if !self.batches.is_empty() && size > self.size_max || self.size > self.size_max {
@@ -220,8 +265,11 @@ impl Log {
                 if next >= end {
                     return Ok(gathered.batches);
                 }
+                if let Some(damage) = state.damage.at_index(next) {
+                    return gathered.or(|| self.core.refuse(damage));
+                }
                 let Some(segment) = state.segment_of_index(next) else { return Ok(gathered.batches) };
-                Span::of(&state, segment, segment.enter_index(next))
+                Span::sound(&state, segment, segment.enter_index(next))
             };
             let Gathered { batches, size, size_max } = &mut gathered;
             let wanted = size_max.saturating_sub(*size);
@@ -273,8 +321,15 @@ impl Log {
                     state.gather_recent(next, through, &mut gathered);
                     return Ok(gathered.batches);
                 }
+                if let Some(damage) = state.damage.at_offset(next) {
+                    return if damage.first > through {
+                        Ok(gathered.batches)
+                    } else {
+                        gathered.or(|| self.core.refuse(damage))
+                    };
+                }
                 let Some(segment) = state.segment_of_offset(next) else { return Ok(gathered.batches) };
-                Span::of(&state, segment, segment.enter_offset(next))
+                Span::sound(&state, segment, segment.enter_offset(next))
             };
             let span_next = span.next_offset;
             let Gathered { batches, size, size_max } = &mut gathered;
@@ -330,8 +385,18 @@ impl Log {
                 });
                 match found {
                     Some(segment) if segment.base_index() <= through.0 => {
+                        let hole = state.damage.before_segment(segment.base_index());
+                        if let Some(damage) = hole.filter(|_| segment.segment.header.time_before_ms >= time_ms) {
+                            return Err(self.core.refuse(damage));
+                        }
                         next_index = segment.next_index;
-                        Span::of(&state, segment, segment.enter_time(time_ms))
+                        let from = segment.enter_time(time_ms);
+                        // The times in there are not known.
+                        if let Some(damage) = from.index.checked_sub(1).and_then(|before| state.damage.at_index(before))
+                        {
+                            return Err(self.core.refuse(damage));
+                        }
+                        Span::of(&state, segment, from)
                     }
                     Some(_) => return self.core.offset_after(&state, through),
                     None => {
@@ -375,7 +440,7 @@ impl Log {
                 _ => ends.push(found),
             }
         };
-        for change in self.core.term_changes() {
+        for change in self.core.term_changes()? {
             if let Some(span) = change.span {
                 let look = |header: &Header| {
                     if header.index >= change.until.index {

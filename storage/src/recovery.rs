@@ -6,38 +6,48 @@
 //! durable mark in any segment of the log.
 //!
 //! ```text
-//!   what stands at the first break      | above the mark       | at or below the mark
-//!   ------------------------------------+----------------------+---------------------
-//!   zeroes, or the end of the file      | the end of the log   | quarantine
-//!   bytes that fail checks or the chain | cut there            | quarantine
-//!   a segment that does not continue    | cut there            | quarantine
-//!   a whole batch of a newer format     | refuse               | refuse
-//!   ------------------------------------+----------------------+---------------------
-//!   whatever its place:
-//!   manifest, vote, segment header or both mark slots bad, segment missing: quarantine
+//!   what stands at the first break      | above the mark     | at or below it | and committed
+//!   ------------------------------------+--------------------+----------------+--------------
+//!   zeroes, or the end of the file      | the end of the log | quarantine     | go round it
+//!   bytes that fail checks or the chain | cut there          | quarantine     | go round it
+//!   a segment that does not continue    | cut there          | quarantine     | go round it
+//!   a whole batch of a newer format     | refuse             | refuse         | refuse
+//!   ------------------------------------+--------------------+----------------+--------------
+//!   a segment before the newest one is missing, of another log or place, or its header or both
+//!   its mark slots are bad: as a break where its entries should stand
+//!   the newest segment is so, or its last entry is damaged: quarantine
+//!   manifest or vote bad or missing, segment of a newer generation: quarantine
 //!   manifest, vote or segment header of a newer format: refuse
 //!   segment of an older generation, or wholly purged: leftover, removed
 //!   checkpoint above the end of the log: removed
+//!   index file bad or missing: the segment is walked
 //! ```
 //!
 //! Quarantine and refuse change nothing on disk. A cut seals the segment where the chain
 //! breaks, so that its later bytes never count again, and appends go on in a new segment.
+//!
+//! To go round a break is to go on at the next header from which the chain leads to a place that is
+//! known: the header of the next segment, or the durable mark. It takes that every entry in between
+//! is committed, by what the mark says, so that a majority has it; the log opens with this damage
+//! known, nothing is read from there, and it is repaired while the log is in use (see `repair.rs`).
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use arqon_proto::{DecodeError, GroupId, Header, Offset, RaftIndex, ReplicaId};
+use arqon_proto::{DecodeError, GroupId, Header, Offset, RaftIndex, ReplicaId, limits};
 use bytes::Bytes;
 
 use crate::checkpoint;
+use crate::damage::{Cursor, Damage, DamageList, Goal, Hole, resync};
 use crate::disk::{self, Disk, File, join};
 use crate::engine::Engine;
 use crate::error::OpenError;
 use crate::flush::LogIo;
 use crate::index::{self, IndexPoint};
 use crate::layout::{
-    MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, SEGMENT_DATA_AT, SegmentHeader, VOTE_FILE, What, log_dir, unseal,
+    MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, SEGMENT_DATA_AT, SegmentHeader, VOTE_FILE, What, log_dir,
+    parse_file_name, unseal,
 };
 use crate::log::State;
 use crate::position::{LogPosition, index_after};
@@ -64,6 +74,8 @@ pub struct Recovery {
     pub removed_checkpoint_count: usize,
     /// The tail was written again because a sync failed in the run before.
     pub rewritten: bool,
+    /// Committed entries that cannot be read; see [`Log::damaged`](crate::Log::damaged).
+    pub damaged: Vec<Damage>,
 }
 
 /// A torn tail: writes that were never acknowledged.
@@ -94,12 +106,45 @@ struct Found {
     file: Arc<dyn File>,
 }
 
-/// Where the walk is.
-struct Cursor {
-    index: u64,
-    offset: u64,
-    chain: u64,
-    term: u64,
+/// The segment files of a directory.
+struct Segments {
+    /// Those of this generation, by index.
+    found: Vec<Found>,
+    lost: Vec<Lost>,
+    /// Names of those of older generations.
+    stale: Vec<String>,
+}
+
+/// A segment file that holds nothing of use.
+struct Lost {
+    name: String,
+    base_index: u64,
+    reason: String,
+}
+
+/// What manifest and mark say about entries.
+struct Bounds<'a> {
+    manifest: &'a Manifest,
+    mark: &'a Mark,
+    /// Index after the last entry that is surely on a majority.
+    committed_end: u64,
+}
+
+impl Bounds<'_> {
+    /// Index after the last entry that may be gone round.
+    fn known_end(&self) -> u64 {
+        self.committed_end.min(self.mark.next_index)
+    }
+
+    /// The place nearest behind a segment that `next` follows, if any does, whose chain is known.
+    fn goal(&self, next: Option<&SegmentHeader>) -> Goal {
+        match next.filter(|next| next.base_index.0 <= self.mark.next_index) {
+            Some(next) => {
+                Goal { at: None, index: next.base_index.0, offset: Some(next.base_offset.0), chain: next.chain }
+            }
+            None => Goal { at: None, index: self.mark.next_index, offset: None, chain: self.mark.chain },
+        }
+    }
 }
 
 struct Opener<'a> {
@@ -117,6 +162,7 @@ struct Walked {
     stop: Stop,
     stop_place: String,
     end: Cursor,
+    damaged: Vec<Damage>,
     last: Option<LogPosition>,
     /// Files that do not belong to the log any more.
     leftover: Vec<String>,
@@ -134,7 +180,7 @@ pub(crate) fn recover(
     let mut manifest = opener.manifest()?;
     let vote = opener.vote()?;
     let names = opener.disk.list(&opener.dir).map_err(|error| opener.io(&opener.dir, error))?;
-    let (found, mut leftover) = opener.segments(&names, &manifest)?;
+    let Segments { found, lost, stale: mut leftover } = opener.segments(&names, &manifest)?;
     let newest = found.iter().map(|found| &found.mark).max_by_key(|mark| mark.sequence);
     let mark = newest.cloned().unwrap_or(Mark {
         sequence: 0,
@@ -144,13 +190,16 @@ pub(crate) fn recover(
         committed: None,
     });
     let tail_is_there = manifest.tail.is_none_or(|tail| found.iter().any(|found| found.header.base_index == tail));
-    let mut walked = opener.walk(&manifest, &mark, found)?;
+    let committed_end = mark.committed.map_or(0, |committed| committed.index.0 + 1);
+    let mut walked = opener.walk(&Bounds { manifest: &manifest, mark: &mark, committed_end }, found)?;
+    opener.place_lost(lost, &mut walked)?;
     let cut = opener.judge(&mark, &walked, manifest.tail.filter(|_| !tail_is_there))?;
 
     let mut recovery = Recovery {
         last: walked.last,
         unmarked_count: walked.unmarked_count,
         rewritten: names.iter().any(|name| name == REWRITE_FILE),
+        damaged: std::mem::take(&mut walked.damaged),
         ..Recovery::default()
     };
     leftover.append(&mut walked.leftover);
@@ -169,6 +218,17 @@ pub(crate) fn recover(
             cut.index,
             cut.place,
             cut.reason
+        );
+    }
+    for damage in &recovery.damaged {
+        tracing::warn!(
+            group = group.0,
+            replica = replica.0,
+            "entries {} to {} are damaged, at {}: {}",
+            damage.first,
+            damage.last,
+            damage.place,
+            damage.reason
         );
     }
     recovery.cut = cut;
@@ -193,6 +253,7 @@ pub(crate) fn recover(
         segments: walked.segments,
         tail_open,
         next_capacity: next_capacity.min(options.segment_size_max),
+        damage: DamageList::new(Arc::clone(&engine.metrics), recovery.damaged.clone()),
         checkpoints: kept_checkpoints,
         recent: RecentEntries::new(Arc::clone(&engine.recent)),
         ..State::default()
@@ -253,17 +314,32 @@ impl Opener<'_> {
         }
     }
 
-    /// The segments of this generation by index, and the names of stale ones.
-    fn segments(&self, names: &[String], manifest: &Manifest) -> Result<(Vec<Found>, Vec<String>), OpenError> {
-        let (mut found, mut stale) = (Vec::new(), Vec::new());
+    /// The segment files.
+    fn segments(&self, names: &[String], manifest: &Manifest) -> Result<Segments, OpenError> {
+        let (mut found, mut lost, mut stale) = (Vec::new(), Vec::new(), Vec::new());
         for name in names.iter().filter(|name| name.ends_with(".seg")) {
             let path = join(&self.dir, name);
             let file = self.disk.open(&path).map_err(|error| self.io(&path, error))?;
             let front = read_front(file.as_ref()).map_err(|error| self.io(&path, error))?;
-            let header = front.header.map_err(|error| self.refuse(name, &error))?;
+            let mut lose = |reason: String| match parse_file_name(name) {
+                Some((_, base_index)) => {
+                    lost.push(Lost { name: name.clone(), base_index: base_index.0, reason });
+                    Ok(())
+                }
+                None => Err(self.quarantine(format!("{name}: {reason}"))),
+            };
+            let header = match front.header {
+                Ok(header) => header,
+                Err(error @ DecodeError::Version { .. }) => return Err(self.refuse(name, &error)),
+                Err(error) => {
+                    lose(error.to_string())?;
+                    continue;
+                }
+            };
             let owner = (header.group, header.replica, header.incarnation);
             if owner != (manifest.group, manifest.replica, manifest.incarnation) || header.file_name() != *name {
-                return Err(self.quarantine(format!("{name}: it belongs to another log or place")));
+                lose("it belongs to another log or place".to_owned())?;
+                continue;
             }
             if header.generation < manifest.generation {
                 stale.push(name.clone());
@@ -272,20 +348,45 @@ impl Opener<'_> {
             if header.generation > manifest.generation {
                 return Err(self.quarantine(format!("{name}: it is newer than the manifest")));
             }
-            let Some(mark) = front.mark else {
-                let error = front.slot_error.unwrap_or(DecodeError::Magic { what: "durable mark" });
-                return Err(self.refuse(name, &error));
-            };
-            found.push(Found { name: name.clone(), header, mark, slot: front.slot, file });
+            match front.mark {
+                Some(mark) => found.push(Found { name: name.clone(), header, mark, slot: front.slot, file }),
+                None => {
+                    let error = front.slot_error.unwrap_or(DecodeError::Magic { what: "durable mark" });
+                    if matches!(error, DecodeError::Version { .. }) {
+                        return Err(self.refuse(name, &error));
+                    }
+                    lose(error.to_string())?;
+                }
+            }
         }
         found.sort_by_key(|found| found.header.base_index);
-        Ok((found, stale))
+        Ok(Segments { found, lost, stale })
+    }
+
+    /// Gives each lost segment to the hole in which it stood. One whose entries stand elsewhere was
+    /// replaced and not yet removed.
+    fn place_lost(&self, lost: Vec<Lost>, walked: &mut Walked) -> Result<(), OpenError> {
+        for Lost { name, base_index, reason } in lost {
+            let hole = walked.damaged.iter_mut().find_map(|damage| match &mut damage.hole {
+                Hole::Between { lost } if (damage.first.0..=damage.last.0).contains(&base_index) => Some(lost),
+                _ => None,
+            });
+            let stands = |segment: &SegmentState| (segment.base_index()..segment.next_index).contains(&base_index);
+            match hole {
+                Some(files) => files.push(name),
+                None if walked.segments.iter().any(stands) => walked.leftover.push(name),
+                None => return Err(self.quarantine(format!("{name}: {reason}"))),
+            }
+        }
+        Ok(())
     }
 
     /// Follows the chain through the segments.
-    fn walk(&self, manifest: &Manifest, mark: &Mark, found: Vec<Found>) -> Result<Walked, OpenError> {
+    fn walk(&self, bounds: &Bounds<'_>, found: Vec<Found>) -> Result<Walked, OpenError> {
+        let manifest = bounds.manifest;
         let start = index_after(manifest.purged);
         let mut end = Cursor {
+            at: 0,
             index: start,
             offset: manifest.start_offset.0,
             chain: manifest.start_chain,
@@ -295,34 +396,40 @@ impl Opener<'_> {
             segments: VecDeque::new(),
             stop: Stop::Zeroes,
             stop_place: "the log start".to_owned(),
-            end: Cursor { ..end },
+            end,
+            damaged: Vec::new(),
             last: manifest.purged,
             leftover: Vec::new(),
             unmarked_count: 0,
         };
         let purged_count = found.iter().skip(1).take_while(|next| next.header.base_index.0 <= start).count();
         let mut gap = false;
-        for (number, found) in found.into_iter().enumerate() {
+        let mut found = found.into_iter().enumerate().peekable();
+        while let Some((number, this)) = found.next() {
             if number < purged_count {
-                walked.leftover.push(found.name);
+                walked.leftover.push(this.name);
                 continue;
             }
-            let header = &found.header;
+            let header = &this.header;
             if walked.segments.is_empty() && header.base_index.0 < start {
                 // It begins with purged entries: its own chain leads to the log start.
-                let (index, offset) = (header.base_index.0, header.base_offset.0);
-                end = Cursor { index, offset, chain: header.chain, term: header.term_before.0 };
+                end = begin_of(header);
+            }
+            if !gap && let Some(hole) = walked.hole_before(&self.dir, &end, header, bounds) {
+                walked.damaged.push(hole);
+                end = begin_of(header);
             }
             if gap || (header.base_index.0, header.base_offset.0, header.chain) != (end.index, end.offset, end.chain) {
                 if !gap && !matches!(walked.stop, Stop::Bad(_)) {
                     walked.stop = Stop::Bad("the segment does not continue the log".to_owned());
-                    walked.stop_place = found.name.clone();
+                    walked.stop_place = this.name.clone();
                 }
                 gap = true;
-                walked.leftover.push(found.name);
+                walked.leftover.push(this.name);
                 continue;
             }
-            let (segment, stop) = self.walk_segment(found, manifest, mark, &mut end, &mut walked.unmarked_count)?;
+            let goal = bounds.goal(found.peek().map(|(_, next)| &next.header));
+            let (segment, stop) = self.walk_segment(this, bounds, &goal, &mut end, &mut walked)?;
             walked.stop = stop;
             walked.stop_place = format!("{} byte {}", segment.segment.header.file_name(), segment.end);
             walked.segments.push_back(segment);
@@ -333,6 +440,10 @@ impl Opener<'_> {
         if end.index > start {
             walked.last = Some(LogPosition::new(end.term, end.index - 1));
         }
+        walked.damaged.retain(|damage| damage.last.0 >= start);
+        if walked.damaged.len() > limits::DAMAGE_COUNT_MAX {
+            return Err(self.quarantine(format!("{} ranges of its entries are damaged", walked.damaged.len())));
+        }
         walked.end = end;
         Ok(walked)
     }
@@ -340,11 +451,12 @@ impl Opener<'_> {
     fn walk_segment(
         &self,
         found: Found,
-        manifest: &Manifest,
-        mark: &Mark,
+        bounds: &Bounds<'_>,
+        goal: &Goal,
         end: &mut Cursor,
-        unmarked_count: &mut u64,
+        walked: &mut Walked,
     ) -> Result<(SegmentState, Stop), OpenError> {
+        let Bounds { manifest, mark, .. } = bounds;
         let path = join(&self.dir, &found.name);
         let failed = |error| self.io(&path, error);
         let size = found.file.size().map_err(failed)?;
@@ -353,8 +465,9 @@ impl Opener<'_> {
         let start = index_after(manifest.purged);
         let segment = Arc::new(Segment::opened(&self.dir, found.header, found.file, found.slot));
         let mut state = SegmentState::new(Arc::clone(&segment), self.index_step);
-        let file = segment.file().map_err(failed)?.as_ref();
-        let mut walk = Walk::new(file, SEGMENT_DATA_AT, data_end);
+        let file = segment.file().map_err(failed)?;
+        let mut walk = Walk::new(file.as_ref(), SEGMENT_DATA_AT, data_end);
+        end.at = SEGMENT_DATA_AT;
         let mut points = self.saved_points(&segment, data_end, mark);
         // The log start and the durable mark are met by walking, what lies before by jumping.
         if end.index < start {
@@ -376,39 +489,65 @@ impl Opener<'_> {
                 jump(&std::mem::take(&mut points), &mut walk, &mut state, end);
                 continue;
             }
-            let Some(bytes) = walk.bytes().map_err(failed)? else { break Stop::Zeroes };
-            if bytes.iter().all(|byte| *byte == 0) {
-                break Stop::Zeroes;
-            }
-            let header = match Header::decode(&bytes) {
-                Ok(header) => header,
-                Err(DecodeError::Version { version, .. }) => break Stop::Newer(version),
-                Err(error) => break Stop::Bad(error.to_string()),
-            };
-            let place = (header.index.0, header.base_offset.0, header.chain);
-            if place != (end.index, end.offset, end.chain) || header.term.0 < end.term {
-                break Stop::Bad("the batch does not continue the chain".to_owned());
-            }
-            if walk.at + header.batch_size() as u64 > data_end {
-                break Stop::Bad("the batch is cut short".to_owned());
-            }
-            if header.index.0 >= mark.next_index {
-                // Below the mark the payload is checked when it is read.
-                match segment.batch_at(walk.at, &header) {
-                    Ok(_) => *unmarked_count += 1,
-                    Err(BatchError::Disk(error)) if error.kind() != io::ErrorKind::UnexpectedEof => {
-                        return Err(failed(error));
-                    }
-                    Err(error) => break Stop::Bad(error.to_string()),
+            let stop = match self.look(&mut walk, &segment, end, data_end, mark.next_index).map_err(failed)? {
+                Ok((header, next)) => {
+                    walked.unmarked_count += u64::from(header.index.0 >= mark.next_index);
+                    state.push(&header);
+                    (walk.at, *end) = (next.at, next);
+                    continue;
                 }
-            }
-            state.push(&header);
-            walk.at += header.batch_size() as u64;
-            let (index, offset) = (header.index.0 + 1, header.next_offset().0);
-            *end = Cursor { index, offset, chain: Header::chain_value(&bytes), term: header.term.0 };
+                Err(stop) => stop,
+            };
+            let may_go_round = !matches!(stop, Stop::Newer(_)) && end.index < bounds.known_end();
+            let behind = if may_go_round { resync(file.as_ref(), end, data_end, goal).map_err(failed)? } else { None };
+            let Some(behind) = behind.filter(|behind| behind.index <= bounds.known_end()) else { break stop };
+            walked.damaged.push(round(&path, &segment.header, end, &behind, &stop));
+            state.skip_to(IndexPoint {
+                at: behind.at,
+                index: behind.index,
+                offset: behind.offset,
+                time_before_ms: state.last_time_ms,
+                chain: behind.chain,
+                term: behind.term,
+            });
+            (walk.at, *end) = (behind.at, behind);
         };
         let stop = if state.end == sealed_at { Stop::Sealed } else { stop };
         Ok((state, stop))
+    }
+
+    /// The batch at the cursor and where it ends, or why the log does not go on there.
+    fn look(
+        &self,
+        walk: &mut Walk<'_>,
+        segment: &Segment,
+        cursor: &Cursor,
+        data_end: u64,
+        marked_end: u64,
+    ) -> io::Result<Result<(Header, Cursor), Stop>> {
+        let bad = |reason: &str| Ok(Err(Stop::Bad(reason.to_owned())));
+        let Some(bytes) = walk.bytes()? else { return Ok(Err(Stop::Zeroes)) };
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Ok(Err(Stop::Zeroes));
+        }
+        let header = match Header::decode(&bytes) {
+            Ok(header) => header,
+            Err(DecodeError::Version { version, .. }) => return Ok(Err(Stop::Newer(version))),
+            Err(error) => return bad(&error.to_string()),
+        };
+        let Some(next) = cursor.after(&bytes, &header) else { return bad("the batch does not continue the chain") };
+        if next.at > data_end {
+            return bad("the batch is cut short");
+        }
+        if header.index.0 >= marked_end {
+            // Below the mark the payload is checked when it is read.
+            match segment.batch_at(cursor.at, &header) {
+                Ok(_) => {}
+                Err(BatchError::Disk(error)) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
+                Err(error) => return bad(&error.to_string()),
+            }
+        }
+        Ok(Ok((header, next)))
     }
 
     /// The saved index of a segment up to the mark, if it was made of the entries that are there.
@@ -571,7 +710,60 @@ fn jump(points: &[IndexPoint], walk: &mut Walk<'_>, state: &mut SegmentState, en
     if let Some(point) = points.last() {
         state.jump(points);
         walk.at = point.at;
-        (end.index, end.offset, end.chain) = (point.index, point.offset, point.chain);
+        (end.at, end.index, end.offset, end.chain) = (point.at, point.index, point.offset, point.chain);
+    }
+}
+
+/// Where the entries of a segment begin.
+fn begin_of(header: &SegmentHeader) -> Cursor {
+    let (index, offset) = (header.base_index.0, header.base_offset.0);
+    Cursor { at: SEGMENT_DATA_AT, index, offset, chain: header.chain, term: header.term_before.0 }
+}
+
+/// The damage from a break at `from` to a header at `behind` in the same segment.
+fn round(path: &str, header: &SegmentHeader, from: &Cursor, behind: &Cursor, stop: &Stop) -> Damage {
+    Damage {
+        first: RaftIndex(from.index),
+        last: RaftIndex(behind.index - 1),
+        first_offset: Offset(from.offset),
+        next_offset: Offset(behind.offset),
+        place: format!("{path} byte {}", from.at),
+        reason: match stop {
+            Stop::Bad(reason) => reason.clone(),
+            Stop::Sealed | Stop::Zeroes | Stop::Newer(_) => "zeroes stand there".to_owned(),
+        },
+        chain_before: from.chain,
+        chain_after: behind.chain,
+        hole: Hole::Inside { base: header.base_index.0, at: from.at, end: behind.at },
+    }
+}
+
+impl Walked {
+    /// What is missing between the end of the walk and the segment of `next`, if everything that is
+    /// may be gone round.
+    fn hole_before(&self, dir: &str, end: &Cursor, next: &SegmentHeader, bounds: &Bounds<'_>) -> Option<Damage> {
+        let is_behind = next.base_index.0 > end.index
+            && next.base_offset.0 >= end.offset
+            && next.term_before.0 >= end.term
+            && next.base_index.0 <= bounds.known_end();
+        if !is_behind || matches!(self.stop, Stop::Newer(_)) {
+            return None;
+        }
+        let reason = match &self.stop {
+            Stop::Bad(reason) => reason.clone(),
+            Stop::Sealed | Stop::Zeroes | Stop::Newer(_) => "the segment that holds them is lost".to_owned(),
+        };
+        Some(Damage {
+            first: RaftIndex(end.index),
+            last: RaftIndex(next.base_index.0 - 1),
+            first_offset: Offset(end.offset),
+            next_offset: next.base_offset,
+            place: format!("{} {}", dir, self.stop_place),
+            reason,
+            chain_before: end.chain,
+            chain_after: next.chain,
+            hole: Hole::Between { lost: Vec::new() },
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use arqon_proto::{BATCH_HEADER_SIZE, Batch, BatchKind, DecodeError, Header};
@@ -39,7 +39,8 @@ const FILL_STEP_MAX: u64 = 8 << 20;
 pub(crate) struct Segment {
     pub dir: String,
     pub header: SegmentHeader,
-    file: OnceLock<Arc<dyn File>>,
+    /// Replaced by a repair.
+    file: RwLock<Option<Arc<dyn File>>>,
     tail: Mutex<Tail>,
     fill: Mutex<Fill>,
     filled: Condvar,
@@ -82,7 +83,7 @@ impl Segment {
         Self {
             dir: dir.to_owned(),
             header,
-            file: OnceLock::new(),
+            file: RwLock::default(),
             tail: Mutex::default(),
             fill: Mutex::default(),
             filled: Condvar::new(),
@@ -95,7 +96,7 @@ impl Segment {
     pub fn opened(dir: &str, header: SegmentHeader, file: Arc<dyn File>, slot: usize) -> Self {
         let segment = Self::new(dir, header);
         segment.slot.store(slot, Ordering::Relaxed);
-        let _ = segment.file.set(file);
+        segment.set_file(file);
         segment
     }
 
@@ -103,8 +104,28 @@ impl Segment {
         join(&self.dir, &self.header.file_name())
     }
 
-    pub fn file(&self) -> io::Result<&Arc<dyn File>> {
-        self.file.get().ok_or_else(|| io::Error::other(format!("{} was not created", self.path())))
+    pub fn file(&self) -> io::Result<Arc<dyn File>> {
+        let file = self.file.read().unwrap_or_else(PoisonError::into_inner).clone();
+        file.ok_or_else(|| io::Error::other(format!("{} was not created", self.path())))
+    }
+
+    fn set_file(&self, file: Arc<dyn File>) -> Option<Arc<dyn File>> {
+        self.file.write().unwrap_or_else(PoisonError::into_inner).replace(file)
+    }
+
+    /// Takes `file`, which has the same bytes but for damaged ones, in place of the one there was.
+    /// Called by operations of the log only. What was read from the old one stays as it is.
+    pub fn replace_file(&self, file: Arc<dyn File>) {
+        let mut fill = self.lock_fill();
+        let allowed = std::mem::replace(&mut fill.allowed, false);
+        while fill.running {
+            fill = self.filled.wait(fill).unwrap_or_else(PoisonError::into_inner);
+        }
+        // Nothing is known of the blocks behind the batches, as in a segment that was opened.
+        *fill = Fill { allowed, ..Fill::default() };
+        drop(fill);
+        *self.lock_tail() = Tail::default();
+        self.set_file(file);
     }
 
     /// Creates the file with header, first mark and zeroes; durable when it returns. No batch
@@ -132,7 +153,7 @@ impl Segment {
         *self.lock_fill() =
             Fill { allowed: true, blocks: Some(fill_blocks), durable_end: at, step: fill_size, ..Fill::default() };
         self.lock_tail().blocks = Some(blocks);
-        assert!(self.file.set(file).is_ok(), "a segment is created once");
+        assert!(self.set_file(file).is_none(), "a segment is created once");
         Ok(())
     }
 
@@ -244,6 +265,7 @@ impl Segment {
         let result = self.write_zeroes(blocks.as_ref(), from, to);
         let mut fill = self.lock_fill();
         fill.running = false;
+        self.filled.notify_all();
         let end = result?;
         fill.durable_end = fill.durable_end.max(end);
         Ok(end - from)
@@ -362,6 +384,24 @@ impl SegmentState {
         self.points = before.to_vec();
         (self.end, self.next_index, self.next_offset) = (next.at, next.index, next.offset);
         self.last_time_ms = next.time_before_ms;
+    }
+
+    /// Goes on at `point` behind entries that cannot be read.
+    pub fn skip_to(&mut self, point: IndexPoint) {
+        (self.end, self.next_index, self.next_offset) = (point.at, point.index, point.offset);
+        self.points.push(point);
+    }
+
+    /// Entries can be read again that stand before byte `end`: `points` among them, and the newest of
+    /// their times.
+    pub fn fill_in(&mut self, points: Vec<IndexPoint>, end: u64, time_ms: u64) {
+        for point in self.points.iter_mut().filter(|point| point.at >= end) {
+            point.time_before_ms = point.time_before_ms.max(time_ms);
+        }
+        self.points.extend(points);
+        self.points.sort_unstable_by_key(|point| point.at);
+        self.points.dedup_by_key(|point| point.at);
+        self.last_time_ms = self.last_time_ms.max(time_ms);
     }
 
     pub fn points(&self) -> &[IndexPoint] {

@@ -8,6 +8,7 @@ mod damage;
 mod index;
 mod many;
 mod model;
+mod repair;
 mod space;
 mod support;
 mod turn;

@@ -1,0 +1,439 @@
+//! Ranges of entries whose bytes are lost or fail their checks: how they are found and delimited.
+//!
+//! ```text
+//!   entry 6     entry 7      8      9        entry 10
+//!   ──┬──────┬────────────┬──────┬───────┬───────────────
+//!     │ good │ header bad │  ?   │   ?   │ header good, and the chain leads from it to the goal
+//!   ──┴──────┴────────────┴──────┴───────┴───────────────
+//!            ▲ chain before              ▲ chain after
+//! ```
+//!
+//! The *goal* is a place behind the break whose chain value is known from elsewhere: a point of the
+//! index, the header of the next segment, the durable mark. A header from which the chain leads to
+//! the goal belongs to the log, and its chain field proves every entry before it: so whoever brings
+//! the lost entries can be checked to the last bit.
+
+use std::io;
+use std::sync::Arc;
+
+use arqon_proto::{BATCH_HEADER_SIZE, Header, Offset, RaftIndex, limits};
+
+use crate::disk::File;
+use crate::error::ReadError;
+use crate::layout::SEGMENT_DATA_AT;
+use crate::log::{Log, LogCore, State};
+use crate::metrics::{self, Metrics};
+use crate::segment::{BatchError, Segment, SegmentState, Walk};
+
+/// Bytes read at once in search of a header.
+const SCAN_SIZE: usize = 1 << 20;
+/// What a batch header begins with.
+const HEADER_MAGIC: &[u8] = b"ARQB";
+
+/// Consecutive entries that cannot be read here. Both chain values are known, so entries that are
+/// put in their place are proven.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// First entry lost.
+    pub first: RaftIndex,
+    /// Last entry lost.
+    pub last: RaftIndex,
+    /// Offset of the first record lost, if any is.
+    pub first_offset: Offset,
+    /// Offset after the last record lost; equal to `first_offset` when none is.
+    pub next_offset: Offset,
+    /// Segment file, and the first bad byte.
+    pub place: String,
+    /// What is wrong there.
+    pub reason: String,
+    /// Chain value that the first entry carries.
+    pub(crate) chain_before: u64,
+    /// Chain value that the entry after the last one carries.
+    pub(crate) chain_after: u64,
+    pub(crate) hole: Hole,
+}
+
+/// Where the lost bytes stood.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Hole {
+    /// Bytes `at..end` of the segment that begins with entry `base`.
+    Inside { base: u64, at: u64, end: u64 },
+    /// Between two segments; the files, if any, that stood there and hold nothing of use.
+    Between { lost: Vec<String> },
+}
+
+impl Damage {
+    /// What a reader is told.
+    #[must_use]
+    pub fn read_error(&self) -> ReadError {
+        ReadError::Damaged {
+            first: self.first_offset,
+            last: Offset(self.next_offset.0.wrapping_sub(1)),
+            index: self.first,
+            reason: format!("{}: {}", self.place, self.reason),
+        }
+    }
+
+    /// Where it begins in the segment, when it lies inside of one.
+    pub(crate) fn inside(&self, segment: &SegmentState) -> Option<u64> {
+        match self.hole {
+            Hole::Inside { base, at, .. } if base == segment.base_index() => Some(at),
+            _ => None,
+        }
+    }
+}
+
+/// The damage that a log knows of, in order, without overlap.
+/// `damage_count` of the metrics counts that of all logs.
+#[derive(Default)]
+pub(crate) struct DamageList {
+    list: Vec<Damage>,
+    metrics: Arc<Metrics>,
+}
+
+impl DamageList {
+    pub fn new(metrics: Arc<Metrics>, found: Vec<Damage>) -> Self {
+        metrics::add(&metrics.damage_found_count, found.len());
+        metrics::add(&metrics.damage_count, found.len());
+        Self { list: found, metrics }
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Damage> {
+        self.list.iter()
+    }
+
+    /// Adds `damage` unless part of it is known, or too much is.
+    pub fn insert(&mut self, damage: Damage) -> bool {
+        let at = self.list.partition_point(|known| known.last < damage.first);
+        let is_new = self.list.get(at).is_none_or(|next| next.first > damage.last);
+        let fits = is_new && self.list.len() < limits::DAMAGE_COUNT_MAX;
+        if fits {
+            self.list.insert(at, damage);
+            metrics::add(&self.metrics.damage_found_count, 1);
+            metrics::add(&self.metrics.damage_count, 1);
+        }
+        fits
+    }
+
+    pub fn at_index(&self, index: u64) -> Option<&Damage> {
+        let at = self.list.partition_point(|known| known.last.0 < index);
+        self.list.get(at).filter(|damage| damage.first.0 <= index)
+    }
+
+    pub fn at_offset(&self, offset: u64) -> Option<&Damage> {
+        self.list.iter().find(|damage| (damage.first_offset.0..damage.next_offset.0).contains(&offset))
+    }
+
+    /// The first damage inside `segment` at or behind byte `at`.
+    pub fn inside_from(&self, segment: &SegmentState, at: u64) -> Option<(u64, &Damage)> {
+        if self.list.is_empty() {
+            return None;
+        }
+        let inside = self.list.iter().filter_map(|damage| Some((damage.inside(segment)?, damage)));
+        inside.filter(|(damaged_at, _)| *damaged_at >= at).min_by_key(|(damaged_at, _)| *damaged_at)
+    }
+
+    /// The hole that ends where entry `base` begins a segment.
+    pub fn before_segment(&self, base: u64) -> Option<&Damage> {
+        self.list.iter().find(|damage| matches!(damage.hole, Hole::Between { .. }) && damage.last.0 + 1 == base)
+    }
+
+    /// Whether it was there.
+    pub fn remove(&mut self, damage: &Damage) -> bool {
+        self.retain(|known| known != damage) > 0
+    }
+
+    /// Forgets what lies wholly outside of the entries `from..end`.
+    pub fn keep(&mut self, from: u64, end: u64) {
+        self.retain(|damage| damage.last.0 >= from && damage.first.0 < end);
+    }
+
+    fn retain(&mut self, keep: impl FnMut(&Damage) -> bool) -> usize {
+        let before = self.list.len();
+        self.list.retain(keep);
+        let gone = before - self.list.len();
+        metrics::subtract(&self.metrics.damage_count, gone);
+        gone
+    }
+}
+
+impl Drop for DamageList {
+    fn drop(&mut self) {
+        metrics::subtract(&self.metrics.damage_count, self.list.len());
+    }
+}
+
+/// Where a walk along the chain is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Cursor {
+    pub at: u64,
+    pub index: u64,
+    pub offset: u64,
+    pub chain: u64,
+    pub term: u64,
+}
+
+/// A place whose chain value is known; byte and offset where they are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Goal {
+    pub at: Option<u64>,
+    pub index: u64,
+    pub offset: Option<u64>,
+    pub chain: u64,
+}
+
+impl Goal {
+    fn is_met_by(&self, cursor: &Cursor) -> bool {
+        self.index == cursor.index
+            && self.chain == cursor.chain
+            && self.at.is_none_or(|at| at == cursor.at)
+            && self.offset.is_none_or(|offset| offset == cursor.offset)
+    }
+}
+
+impl Cursor {
+    /// Where the batch of `header`, whose bytes stand at the cursor, ends; `None` when it does not
+    /// continue the chain.
+    pub fn after(&self, bytes: &[u8; BATCH_HEADER_SIZE], header: &Header) -> Option<Self> {
+        let place = (header.index.0, header.base_offset.0, header.chain);
+        if place != (self.index, self.offset, self.chain) || header.term.0 < self.term {
+            return None;
+        }
+        let (index, offset) = (header.index.0 + 1, header.next_offset().0);
+        let at = self.at + header.batch_size() as u64;
+        Some(Self { at, index, offset, chain: Header::chain_value(bytes), term: header.term.0 })
+    }
+}
+
+/// Whether the chain leads from the header at `from` to `goal`.
+fn leads(file: &dyn File, from: Cursor, end: u64, goal: &Goal) -> io::Result<bool> {
+    let mut walk = Walk::new(file, from.at, end);
+    let mut cursor = from;
+    while cursor.index < goal.index {
+        let Some(bytes) = walk.bytes()? else { return Ok(false) };
+        let Ok(header) = Header::decode(&bytes) else { return Ok(false) };
+        let Some(next) = cursor.after(&bytes, &header).filter(|next| next.at <= end) else { return Ok(false) };
+        cursor = next;
+        walk.at = next.at;
+    }
+    Ok(goal.is_met_by(&cursor))
+}
+
+/// The first header behind the break at `from` that belongs to the log: the chain leads from it to
+/// `goal`. Looks at every byte up to `end`.
+pub(crate) fn resync(file: &dyn File, from: &Cursor, end: u64, goal: &Goal) -> io::Result<Option<Cursor>> {
+    let end = goal.at.map_or(end, |at| at.min(end));
+    let mut window = vec![0; SCAN_SIZE];
+    let mut window_at = from.at + 1;
+    while window_at + BATCH_HEADER_SIZE as u64 <= end {
+        let size = usize::try_from(end - window_at).unwrap_or(usize::MAX).min(SCAN_SIZE);
+        let read = file.read_at(&mut window[..size], window_at)?;
+        if read < BATCH_HEADER_SIZE {
+            return Ok(None);
+        }
+        let starts = window[..read].windows(BATCH_HEADER_SIZE).enumerate();
+        for (at, bytes) in starts.filter(|(_, bytes)| bytes.starts_with(HEADER_MAGIC)) {
+            let Ok(header) = Header::decode(bytes) else { continue };
+            let (index, offset, chain, term) = (header.index.0, header.base_offset.0, header.chain, header.term.0);
+            let candidate = Cursor { at: window_at + at as u64, index, offset, chain, term };
+            let is_behind = index > from.index && offset >= from.offset && term >= from.term;
+            if is_behind && index < goal.index && leads(file, candidate, end, goal)? {
+                return Ok(Some(candidate));
+            }
+        }
+        window_at += (read - BATCH_HEADER_SIZE + 1) as u64;
+    }
+    Ok(None)
+}
+
+/// A break of the chain, or a batch whose payload fails its checks.
+pub(crate) struct Break {
+    pub at: Cursor,
+    /// Where the batch ends, when its header is whole and continues the chain.
+    pub batch_end: Option<Cursor>,
+    pub reason: String,
+}
+
+/// Checks every batch from `from` to byte `end`, past the page cache where the disk can. `pass` is
+/// told of the size of each batch and may wait; it says whether to go on.
+pub(crate) fn first_break(
+    segment: &Segment,
+    from: Cursor,
+    end: u64,
+    mut pass: impl FnMut(usize) -> bool,
+) -> io::Result<(Cursor, Option<Break>)> {
+    let file = segment.file()?;
+    let mut walk = Walk::of_batches(file.as_ref(), from.at, end, usize::MAX >> 1);
+    let mut cursor = from;
+    let broken = |at: Cursor, batch_end: Option<Cursor>, reason: &str| {
+        Ok((at, Some(Break { at, batch_end, reason: reason.to_owned() })))
+    };
+    while cursor.at < end {
+        let Some(bytes) = walk.bytes()? else { return broken(cursor, None, "the file ends too early") };
+        let header = match Header::decode(&bytes) {
+            Ok(header) => header,
+            Err(error) => return broken(cursor, None, &error.to_string()),
+        };
+        let Some(next) = cursor.after(&bytes, &header) else {
+            return broken(cursor, None, "the batch does not continue the chain");
+        };
+        if next.at > end {
+            return broken(cursor, None, "the batch passes the end of the batches");
+        }
+        match walk.batch(segment, cursor.at, &header) {
+            Ok(_) => {}
+            Err(BatchError::Disk(error)) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
+            Err(error) => return broken(cursor, Some(next), &error.to_string()),
+        }
+        walk.at = next.at;
+        cursor = next;
+        if !pass(header.batch_size()) {
+            break;
+        }
+    }
+    Ok((cursor, None))
+}
+
+/// The part of a segment that can be checked: from a known place over known places to its end.
+pub(crate) struct Stretch {
+    pub segment: Arc<Segment>,
+    pub from: Cursor,
+    /// In order; the last one is the end.
+    goals: Vec<Goal>,
+    pub end: u64,
+}
+
+impl Stretch {
+    /// From the last place at or before byte `at` where `segment` may be entered, to its end or to
+    /// where entries are that may not have been written yet. `None` when that is nothing.
+    pub fn of(state: &State, number: usize, at: u64) -> Option<Self> {
+        let known = state.segments.get(number)?;
+        let header = &known.segment.header;
+        let begin = Cursor {
+            at: SEGMENT_DATA_AT,
+            index: header.base_index.0,
+            offset: header.base_offset.0,
+            chain: header.chain,
+            term: header.term_before.0,
+        };
+        let entered = known.points().iter().rfind(|point| point.at <= at);
+        let from = entered.map_or(begin, |point| Cursor {
+            at: point.at,
+            index: point.index,
+            offset: point.offset,
+            chain: point.chain,
+            // The term of the entry before is not known here, and never above.
+            term: 0,
+        });
+        let goal = |at, index, offset, chain| Goal { at: Some(at), index, offset: Some(offset), chain };
+        let recent = state.recent.front().filter(|oldest| Arc::ptr_eq(&oldest.segment, &known.segment));
+        let last = match (recent, state.segments.get(number + 1)) {
+            (Some(oldest), _) => {
+                let header = &oldest.batch.header;
+                goal(oldest.at, header.index.0, header.base_offset.0, header.chain)
+            }
+            // A hole follows: only the bytes before it are known.
+            (None, Some(next)) if next.base_index() != known.next_index => {
+                let damage = state.damage.before_segment(next.base_index())?;
+                goal(known.end, known.next_index, known.next_offset, damage.chain_before)
+            }
+            (None, Some(next)) => goal(known.end, known.next_index, known.next_offset, next.segment.header.chain),
+            (None, None) => goal(known.end, known.next_index, known.next_offset, state.chain),
+        };
+        let end = last.at?;
+        let points = known.points().iter().filter(|point| point.at > from.at && point.at < end);
+        let mut goals: Vec<_> = points.map(|point| goal(point.at, point.index, point.offset, point.chain)).collect();
+        goals.push(last);
+        (from.at < end).then(|| Self { segment: Arc::clone(&known.segment), from, goals, end })
+    }
+
+    /// What is lost at a break.
+    pub fn damage(&self, broken: Break) -> io::Result<Option<Damage>> {
+        let file = self.segment.file()?;
+        let Break { at: from, batch_end, reason } = broken;
+        let end = match batch_end {
+            Some(end) => Some(end),
+            None => self.resync(file.as_ref(), &from)?,
+        };
+        let Some(end) = end.filter(|end| end.index > from.index && end.at > from.at) else { return Ok(None) };
+        Ok(Some(Damage {
+            first: RaftIndex(from.index),
+            last: RaftIndex(end.index - 1),
+            first_offset: Offset(from.offset),
+            next_offset: Offset(end.offset),
+            place: format!("{} byte {}", self.segment.path(), from.at),
+            reason,
+            chain_before: from.chain,
+            chain_after: end.chain,
+            hole: Hole::Inside { base: self.segment.header.base_index.0, at: from.at, end: end.at },
+        }))
+    }
+
+    fn resync(&self, file: &dyn File, from: &Cursor) -> io::Result<Option<Cursor>> {
+        for goal in self.goals.iter().filter(|goal| goal.at.is_some_and(|at| at > from.at)) {
+            let (Some(at), Some(offset)) = (goal.at, goal.offset) else { continue };
+            let reached = Cursor { at, index: goal.index, offset, chain: goal.chain, term: from.term };
+            let stands = at == self.end || {
+                let found = Walk::new(file, at, self.end).next();
+                let place = (goal.index, offset, goal.chain);
+                matches!(found, Ok(Some((_, header))) if (header.index.0, header.base_offset.0, header.chain) == place)
+            };
+            if stands {
+                return Ok(Some(resync(file, from, at, goal)?.unwrap_or(reached)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl LogCore {
+    /// Delimits the damage that a reader met at byte `at` of a segment, and notes it. `None` when the
+    /// bytes pass their checks by now, or the damage cannot be delimited.
+    pub fn examine(&self, segment: &Arc<Segment>, at: u64) -> Option<Damage> {
+        let stretch = {
+            let state = self.lock();
+            let number = state.segments.iter().position(|known| Arc::ptr_eq(&known.segment, segment))?;
+            Stretch::of(&state, number, at)?
+        };
+        let limit = at.max(stretch.from.at) + 1;
+        let mut passed = stretch.from.at;
+        let found = first_break(segment, stretch.from, stretch.end, |size| {
+            passed += size as u64;
+            passed < limit
+        });
+        let damage = found.and_then(|(_, broken)| broken.map_or(Ok(None), |broken| stretch.damage(broken)));
+        match damage {
+            Ok(damage) => damage.inspect(|damage| self.note_damage(segment, damage)),
+            Err(error) => {
+                tracing::warn!(group = self.group.0, "{} cannot be read: {error}", segment.path());
+                None
+            }
+        }
+    }
+
+    /// Lists `damage`, so that it is repaired and nothing is read from there.
+    pub fn note_damage(&self, segment: &Arc<Segment>, damage: &Damage) {
+        let mut state = self.lock();
+        let in_log = state.segments.iter().any(|known| Arc::ptr_eq(&known.segment, segment));
+        if in_log && state.damage.insert(damage.clone()) {
+            drop(state);
+            let (first, last) = (damage.first.0, damage.last.0);
+            tracing::warn!(
+                group = self.group.0,
+                replica = self.replica.0,
+                "entries {first} to {last} are damaged, at {}: {}",
+                damage.place,
+                damage.reason
+            );
+        }
+    }
+}
+
+impl Log {
+    /// The damage known of, in order: found when the log was opened, by readers, or by the scrubber.
+    /// At most 256 ranges; the rest is found when these are repaired.
+    #[must_use]
+    pub fn damaged(&self) -> Vec<Damage> {
+        self.core.lock().damage.iter().cloned().collect()
+    }
+}
