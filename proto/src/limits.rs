@@ -88,6 +88,9 @@ pub const DISK_RESERVE_PERCENT_MAX: u64 = 5;
 /// Ranges of damaged entries that one log keeps account of.
 pub const DAMAGE_COUNT_MAX: usize = 256;
 
+/// Entries put in the place of damaged ones at once, in bytes.
+pub const REPAIR_SIZE_MAX: usize = 256 << 20;
+
 /// Operators send a heartbeat this often, in milliseconds.
 pub const OPERATOR_HEARTBEAT_MS: u64 = 5_000;
 /// An operator silent for this long is expired and loses its leases, in milliseconds.

@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, atomic::AtomicU64},
+    sync::{
+        Arc, PoisonError, RwLock, RwLockReadGuard,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -33,6 +36,7 @@ use crate::{
         outgoing::{Outgoing, Target},
     },
     pulse::{self, Pulse},
+    repair::{self, DamageSummary, Repairs},
     store::{InstalledSlot, LogStore},
     types::{ReplicaAt, TypeConfig},
 };
@@ -153,6 +157,7 @@ pub(crate) struct HostInner {
     peers: RwLock<BTreeMap<NodeId, PeerEntry>>,
     groups: RwLock<HashMap<GroupId, Replica>>,
     forward: RwLock<Option<ForwardHandler>>,
+    pub repairs: Arc<Repairs>,
     pub stopping: watch::Sender<bool>,
     started: Instant,
 }
@@ -210,6 +215,16 @@ impl HostInner {
         self.store.space()
     }
 
+    /// Ranges of damaged entries in all logs of this node.
+    pub(crate) fn damage_count(&self) -> u64 {
+        self.store.metrics().damage_count.load(Relaxed)
+    }
+
+    /// The other nodes.
+    pub(crate) fn peer_nodes(&self) -> Vec<NodeId> {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner).keys().copied().collect()
+    }
+
     pub(crate) async fn handle_forward(&self, from: NodeId, kind: String, body: Bytes) -> Result<Bytes, String> {
         let handler = self.forward.read().unwrap_or_else(PoisonError::into_inner).clone();
         match handler {
@@ -252,11 +267,13 @@ impl Host {
             peers: RwLock::default(),
             groups: RwLock::default(),
             forward: RwLock::default(),
+            repairs: Arc::default(),
             stopping: watch::Sender::new(false),
             started: Instant::now(),
         });
         tokio::spawn(accept(inner.clone(), options.peer_listener));
         tokio::spawn(pulse::run(inner.clone()));
+        tokio::spawn(repair::run(inner.clone()));
         Self { inner }
     }
 
@@ -321,10 +338,14 @@ impl Host {
         let pulse = Arc::new(Pulse::new(&self.inner, spec.first));
         let commit_patience = if spec.followers_act { Duration::ZERO } else { COMMIT_PATIENCE };
         let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone(), commit_patience };
-        let store = LogStore::new(log.clone(), installed, spec.initial.len() == 1);
+        let repairs = self.inner.repairs.clone();
+        // Before openraft reads the log: it may need what is damaged.
+        repairs.add(log.clone());
+        let store = LogStore::new(log.clone(), installed, spec.initial.len() == 1, repairs.clone());
         let appended = store.appended();
         let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)
             .await
+            .inspect_err(|_| repairs.remove(group))
             .map_err(|fatal| io(io::Error::other(fatal)))?;
         let handle = Group::new(group, replica, (raft.clone(), pulse, appended), log, readable, blank);
         let running = Replica::Running(handle.clone());
@@ -357,6 +378,7 @@ impl Host {
     /// Stops a replica; its log stays.
     pub async fn close(&self, group: GroupId) {
         let removed = self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).remove(&group);
+        self.inner.repairs.remove(group);
         if let Some(Replica::Running(running)) = removed {
             stop(&running).await;
         }
@@ -384,6 +406,12 @@ impl Host {
             .collect();
         out.sort();
         out
+    }
+
+    /// Replicas whose logs are damaged, or were and have been repaired, by group.
+    #[must_use]
+    pub fn damage_summary(&self) -> Vec<DamageSummary> {
+        self.inner.repairs.summary()
     }
 
     /// Asks another node's [`ForwardHandler`].
@@ -417,6 +445,7 @@ impl Host {
         join_all(groups.iter().map(|group| hand_over(self, group))).await;
         stream::iter(&groups).for_each_concurrent(STOP_COUNT_MAX, save_state).await;
         self.inner.stopping.send_replace(true);
+        self.inner.repairs.clear();
         self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).clear();
         join_all(groups.iter().map(stop)).await;
         self.inner.peers.write().unwrap_or_else(PoisonError::into_inner).clear();
@@ -441,6 +470,10 @@ async fn stop(group: &Group) {
 
 /// So that the next start has little to apply again.
 async fn save_state(group: &Group) {
+    if !group.log().damaged().is_empty() {
+        // What is being applied may wait for a repair, and would be waited for here.
+        return;
+    }
     if let Err(error) = group.save_state().await {
         tracing::warn!(group = group.id().0, %error, "checkpoint not saved, a restart will take longer");
     }

@@ -6,7 +6,8 @@
 //!       │ StateMachine::apply          │  └── incoming.rs ◄── peers
 //!       └── machine.rs ◄───────────────┤
 //!                                      ├── network.rs ──► outgoing.rs ──► peers
-//!                                      └── pulse.rs: heartbeats and election timers of all groups
+//!                                      ├── pulse.rs: heartbeats and election timers of all groups
+//!                                      └── repair.rs: damaged entries come back from peers
 //! ```
 //!
 //! openraft appears nowhere outside this crate. Its version is pinned, and the settings that
@@ -22,6 +23,7 @@ mod network;
 mod offline;
 mod peer;
 mod pulse;
+mod repair;
 mod rpc;
 mod store;
 mod types;
@@ -35,4 +37,5 @@ pub use machine::{Readable, StateMachine};
 pub use members::MembersStep;
 pub use offline::OfflineReplica;
 pub use peer::PeerTls;
+pub use repair::DamageSummary;
 pub use types::Applied;

@@ -9,16 +9,18 @@ use std::{
     io,
     ops::{Bound, RangeBounds, RangeInclusive},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use arqon_proto::{Batch, BatchKind, Offset, RaftIndex, limits, wire};
-use arqon_storage::{CheckpointKind, Log, LogPosition};
+use arqon_storage::{CheckpointKind, Log, LogPosition, ReadError};
 use bytes::Bytes;
 use futures_util::{Stream, stream};
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use prost::Message;
 use tokio::sync::oneshot;
 
+use crate::repair::{REPAIR_PATIENCE, Repairs};
 use crate::types::{
     Entry, LogId, TypeConfig, Vote, from_wire_vote, into_batch, into_entry, log_id, position, wire_vote,
 };
@@ -70,11 +72,12 @@ pub(crate) struct LogStore {
     appended: Arc<Appended>,
     /// Whether the group began with this replica alone.
     alone: bool,
+    repairs: Arc<Repairs>,
 }
 
 impl LogStore {
-    pub(crate) fn new(log: Log, installed: InstalledSlot, alone: bool) -> Self {
-        Self { log, installed, appended: Arc::default(), alone }
+    pub(crate) fn new(log: Log, installed: InstalledSlot, alone: bool, repairs: Arc<Repairs>) -> Self {
+        Self { log, installed, appended: Arc::default(), alone, repairs }
     }
 
     /// Tells of what this store appends.
@@ -101,12 +104,43 @@ impl LogStore {
     }
 
     /// Entries from `start`, at most `size_max` bytes of them, at least one.
-    fn read(&self, range: std::ops::Range<RaftIndex>, size_max: usize) -> io::Result<Vec<Entry>> {
+    fn read(&self, range: std::ops::Range<RaftIndex>, size_max: usize) -> Result<Vec<Entry>, ReadError> {
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        let batches = self.log.entries(range, size_max).map_err(io::Error::other)?;
-        batches.into_iter().map(|batch| into_entry(batch).map_err(io::Error::other)).collect()
+        let batches = self.log.entries(range, size_max)?;
+        let entries = batches.into_iter().map(|batch| into_entry(batch).map_err(io::Error::other));
+        Ok(entries.collect::<io::Result<_>>()?)
+    }
+
+    /// The same when what is damaged is repaired, which `patience` says how long to wait for.
+    async fn read_repaired(
+        &self,
+        range: std::ops::Range<RaftIndex>,
+        patience: Option<Duration>,
+    ) -> Result<Vec<Entry>, ReadError> {
+        let read = self.read(range.clone(), limits::APPEND_SIZE_MAX);
+        self.repaired(read, patience, || self.read(range.clone(), limits::APPEND_SIZE_MAX)).await
+    }
+
+    /// What was read, or what is read when the damage that was met is repaired.
+    async fn repaired<T>(
+        &self,
+        mut read: Result<T, ReadError>,
+        patience: Option<Duration>,
+        again: impl Fn() -> Result<T, ReadError>,
+    ) -> Result<T, ReadError> {
+        while let Err(ReadError::Damaged { index, .. }) = &read {
+            let index = *index;
+            let repaired = self.repairs.repaired(&self.log, index, patience).await;
+            // It may also have been repaired between the read and the wait.
+            let next = again();
+            if !repaired && matches!(next, Err(ReadError::Damaged { index: met, .. }) if met == index) {
+                return next;
+            }
+            read = next;
+        }
+        read
     }
 }
 
@@ -114,7 +148,8 @@ impl RaftLogReader<TypeConfig> for LogStore {
     // openraft would read entries from all over the log, the more the more terms there were.
     async fn get_key_log_ids(&mut self, range: RangeInclusive<LogId>) -> Result<Vec<LogId>, io::Error> {
         let (first, last) = range.into_inner();
-        let ends = self.log.term_ends(RaftIndex(first.index())..=RaftIndex(last.index())).map_err(io::Error::other)?;
+        let read = || self.log.term_ends(RaftIndex(first.index())..=RaftIndex(last.index()));
+        let ends = self.repaired(read(), Some(REPAIR_PATIENCE), read).await.map_err(io::Error::other)?;
         Ok(ends.into_iter().map(log_id).collect())
     }
 
@@ -125,7 +160,8 @@ impl RaftLogReader<TypeConfig> for LogStore {
         let mut range = self.clamp(&range);
         let mut out = Vec::new();
         while !range.is_empty() {
-            let part = self.read(range.clone(), limits::APPEND_SIZE_MAX)?;
+            let read = self.read_repaired(range.clone(), Some(REPAIR_PATIENCE)).await;
+            let part = read.map_err(io::Error::other)?;
             if part.is_empty() {
                 return Err(io::Error::other(format!("log has a hole at index {}", range.start)));
             }
@@ -142,7 +178,13 @@ impl RaftLogReader<TypeConfig> for LogStore {
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
-        self.read(self.clamp(&(start..end)), limits::APPEND_SIZE_MAX)
+        match self.read_repaired(self.clamp(&(start..end)), Some(REPAIR_PATIENCE)).await {
+            Ok(entries) => Ok(entries),
+            // An error would end the group. openraft takes nothing for a heartbeat and asks again; the
+            // follower waits, and this replica gives leadership away if another can have it.
+            Err(ReadError::Damaged { .. }) => Ok(Vec::new()),
+            Err(error) => Err(io::Error::other(error)),
+        }
     }
 
     /// Reads lazily, a bounded part at a time, so that applying a long log needs little memory.
@@ -161,7 +203,8 @@ impl RaftLogReader<TypeConfig> for LogStore {
                 if range.is_empty() {
                     return None;
                 }
-                match store.read(range.clone(), limits::APPEND_SIZE_MAX) {
+                // Votes and appends go on meanwhile; what is applied would not without this entry.
+                match store.read_repaired(range.clone(), None).await {
                     Ok(entries) if entries.is_empty() => {
                         let hole = io::Error::other(format!("log has a hole at index {}", range.start));
                         range.end = range.start;
@@ -174,7 +217,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
                     }
                     Err(error) => {
                         range.end = range.start;
-                        Some((Err(error), (range, part)))
+                        Some((Err(io::Error::other(error)), (range, part)))
                     }
                 }
             }
@@ -269,7 +312,7 @@ mod tests {
         let identity = Identity { cluster: "test".into(), node: NodeId(1) };
         let store = Store::open_on(Arc::new(disk.clone()), identity, Options::default()).unwrap();
         let (log, _) = store.open_log(GroupId(1), ReplicaId(1)).unwrap();
-        (store, LogStore::new(log, InstalledSlot::default(), true))
+        (store, LogStore::new(log, InstalledSlot::default(), true, Arc::default()))
     }
 
     fn entry(index: u64, payload_size: usize) -> Entry {

@@ -171,7 +171,8 @@ impl StoreBuilder<TypeConfig, Adapter, Machine, Guard> for Builder {
         let (readable, _) = watch::channel(Readable::default());
         let machine =
             Machine::open(Box::new(Nothing), log.clone(), installed.clone(), readable).expect("a new machine opens");
-        let store_handle = Adapter { store: LogStore::new(log, installed, true), first: Arc::default() };
+        let store_handle =
+            Adapter { store: LogStore::new(log, installed, true, Arc::default()), first: Arc::default() };
         Ok((Guard { _store: store, _dir: dir }, store_handle, machine))
     }
 }

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     host::HostInner,
-    pulse, rpc,
+    pulse, repair, rpc,
     types::{LogId, TypeConfig, from_wire_log_id, from_wire_vote, into_entry, wire_log_id, wire_vote},
 };
 
@@ -268,6 +268,9 @@ async fn handle(
             }
             Err(error) => (Message::ForwardReply(wire::ForwardedReply { ok: false, error }), Body::EMPTY),
         };
+    }
+    if let Message::Entries(request) = message {
+        return repair::answer(host, group, request).await;
     }
     if let Some(answer) = pulse::answer(host, group, replica, &message) {
         return (answer, Body::EMPTY);

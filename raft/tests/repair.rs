@@ -1,0 +1,312 @@
+//! Damaged entries of one replica come back from the others, to the last bit, while the group goes on.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod support;
+
+use std::{sync::Arc, time::Duration};
+
+use arqon_proto::{NodeId, Offset, RaftIndex};
+use arqon_storage::{Disk, Identity, MemoryDisk, Options, ReadError, Store};
+use bytes::Bytes;
+use support::{GROUP, Node, PATIENCE, batch, open_node, payloads};
+use tokio::{net::TcpListener, time::timeout};
+
+/// Byte at which the batches of a segment begin.
+const DATA_AT: usize = 12_288;
+const PAYLOAD_SIZE: usize = 600;
+const COUNT: usize = 60;
+
+/// Three nodes on disks in memory, whose bytes a test may change.
+struct Cluster {
+    addresses: Vec<(NodeId, String)>,
+    disks: Vec<MemoryDisk>,
+    nodes: Vec<Option<Node>>,
+}
+
+impl Cluster {
+    async fn start() -> Self {
+        let addresses = (1..=3).map(|id| (NodeId(id), String::new())).collect();
+        let disks = (0..3).map(|_| MemoryDisk::new()).collect();
+        let mut cluster = Self { addresses, disks, nodes: vec![None, None, None] };
+        // All of them at once: a replica that opens may need another.
+        let listeners = cluster.listeners(&[0, 1, 2]).await;
+        for (at, listener) in listeners {
+            cluster.nodes[at] = Some(cluster.open(at, listener).await);
+        }
+        cluster
+    }
+
+    async fn listeners(&mut self, which: &[usize]) -> Vec<(usize, TcpListener)> {
+        let mut listeners = Vec::new();
+        for at in which {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            self.addresses[*at].1 = listener.local_addr().unwrap().to_string();
+            listeners.push((*at, listener));
+        }
+        for node in self.nodes.iter().flatten() {
+            node.host.set_peers(self.addresses.clone());
+        }
+        listeners
+    }
+
+    /// Little is kept in memory, so that reads go to the disk.
+    async fn open(&self, at: usize, listener: TcpListener) -> Node {
+        let id = at as u64 + 1;
+        let identity = Identity { cluster: "test".into(), node: NodeId(id) };
+        let options = Options {
+            segment_size_first: 24 << 10,
+            segment_size_max: 24 << 10,
+            index_step: 4 << 10,
+            recent_size_max: 1 << 10,
+            fill_size: 4 << 10,
+            ..Options::default()
+        };
+        let store = Store::open_on(Arc::new(self.disks[at].again()), identity, options).unwrap();
+        open_node(id, &self.addresses, store, listener, None).await.unwrap()
+    }
+
+    async fn stop(&mut self, which: &[usize]) {
+        for at in which {
+            let node = self.nodes[*at].take().unwrap();
+            node.host.shutdown().await;
+        }
+    }
+
+    /// Opens nodes side by side, as processes do.
+    async fn restart(&mut self, which: &[usize]) {
+        let listeners = self.listeners(which).await;
+        let opening = listeners.into_iter().map(async |(at, listener)| (at, self.open(at, listener).await));
+        for (at, node) in futures_util::future::join_all(opening).await {
+            self.nodes[at] = Some(node);
+        }
+    }
+
+    fn node(&self, at: usize) -> &Node {
+        self.nodes[at].as_ref().unwrap()
+    }
+
+    async fn leader(&self) -> usize {
+        let ready = self.nodes.iter().enumerate().filter_map(|(at, node)| {
+            let mut watch = node.as_ref()?.group.watch();
+            Some(Box::pin(async move {
+                watch.wait_for(|status| status.ready).await.unwrap();
+                at
+            }))
+        });
+        timeout(PATIENCE, futures_util::future::select_all(ready)).await.expect("a leader").0
+    }
+
+    /// Appends payloads and waits until all running replicas have them.
+    async fn publish(&self, numbers: std::ops::Range<usize>) {
+        let mut last = None;
+        for number in numbers {
+            let group = &self.node(self.leader().await).group;
+            let proposal = group.propose(group.status().term, batch(payload(number))).await.unwrap();
+            last = Some(timeout(PATIENCE, proposal).await.expect("an answer").unwrap().position.index);
+        }
+        for node in self.nodes.iter().flatten() {
+            let mut readable = node.group.readable();
+            let reached = readable.wait_for(|readable| readable.index >= last);
+            timeout(PATIENCE, reached).await.expect("convergence").unwrap();
+            // The committed position is on disk with the mark, which comes a moment later.
+            node.group.log().save_vote(node.group.log().vote().unwrap()).await.unwrap();
+        }
+    }
+
+    /// The first segment of a replica, which is full.
+    fn segment(&self, at: usize) -> String {
+        let dir = format!("logs/{GROUP}-{}", 101 + at);
+        let names = self.disks[at].list(&dir).unwrap();
+        let segments: Vec<_> = names.iter().filter(|name| name.ends_with(".seg")).collect();
+        assert!(segments.len() > 2, "{segments:?}");
+        format!("{dir}/{}", segments[0])
+    }
+
+    /// Flips a bit of the header or the records of the entry with that payload.
+    fn damage(&self, at: usize, number: usize, header: bool) -> (String, Vec<u8>) {
+        let path = self.segment(at);
+        let whole = self.disks[at].bytes(&path).unwrap();
+        let wanted = payload(number);
+        let found = whole.windows(PAYLOAD_SIZE).position(|bytes| bytes == wanted).unwrap();
+        let mut bytes = whole.clone();
+        bytes[if header { found - 32 - 100 } else { found + 77 }] ^= 8;
+        assert_ne!(bytes, whole);
+        self.disks[at].set_bytes(&path, &bytes).unwrap();
+        (path, whole)
+    }
+
+    /// Waits until a replica has repaired something and nothing is damaged any more.
+    async fn repaired(&self, at: usize) {
+        let host = &self.node(at).host;
+        let done = async {
+            loop {
+                let summary = host.damage_summary();
+                if summary.iter().any(|one| one.repaired_count > 0 && one.damaged.is_empty()) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let repaired = timeout(PATIENCE, done).await;
+        repaired.unwrap_or_else(|_| panic!("not repaired: {:?}", host.damage_summary()));
+    }
+
+    fn assert_whole(&self, at: usize, count: usize) {
+        let expected: Vec<Bytes> = (0..count).map(|number| payload(number).into()).collect();
+        assert!(payloads(&self.node(at).group) == expected, "replica {at} differs");
+    }
+}
+
+/// Bytes that say which one it is.
+fn payload(number: usize) -> Vec<u8> {
+    format!("payload {number:04} ").bytes().cycle().take(PAYLOAD_SIZE).collect()
+}
+
+fn data_of(bytes: &[u8]) -> &[u8] {
+    &bytes[DATA_AT..]
+}
+
+/// Reads the records at `offset` as a consumer would.
+fn read(node: &Node, offset: usize) -> Result<Bytes, ReadError> {
+    let through = node.group.readable().borrow().index.unwrap();
+    let batches = node.group.log().read_data(Offset(offset as u64), through, 1)?;
+    Ok(batches[0].records.slice(32..))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_of_a_stopped_replica_is_repaired_when_it_comes_back() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..COUNT).await;
+    for (at, header) in [(0, true), (1, false), (2, true)] {
+        cluster.stop(&[at]).await;
+        let (path, whole) = cluster.damage(at, 4, header);
+        cluster.restart(&[at]).await;
+        if !header {
+            // Records are looked at when they are read.
+            assert!(matches!(read(cluster.node(at), 4), Err(ReadError::Damaged { .. }) | Ok(_)));
+        }
+        cluster.repaired(at).await;
+        cluster.assert_whole(at, COUNT);
+        let found = cluster.disks[at].bytes(&path).unwrap();
+        assert!(data_of(&found) == data_of(&whole), "the file is not what it was");
+    }
+    cluster.publish(COUNT..COUNT + 5).await;
+    cluster.stop(&[0, 1, 2]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_met_by_a_reader_is_an_error_first_and_then_repaired_in_use() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..COUNT).await;
+    let leader = cluster.leader().await;
+    let (path, whole) = cluster.damage(leader, 5, true);
+    let error = read(cluster.node(leader), 5).unwrap_err();
+    assert!(matches!(error, ReadError::Damaged { first: Offset(5), last: Offset(5), .. }), "{error}");
+    // Everything else goes on.
+    assert_eq!(read(cluster.node(leader), 6).unwrap(), payload(6));
+    cluster.publish(COUNT..COUNT + 3).await;
+    cluster.repaired(leader).await;
+    assert_eq!(read(cluster.node(leader), 5).unwrap(), payload(5));
+    assert!(data_of(&cluster.disks[leader].bytes(&path).unwrap()) == data_of(&whole));
+    cluster.assert_whole(leader, COUNT + 3);
+    cluster.stop(&[0, 1, 2]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_whole_segment_comes_back_and_two_replicas_repair_each_other() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..COUNT).await;
+    cluster.stop(&[0, 1, 2]).await;
+    // One has lost a file, another one an entry of the same: the third has both.
+    cluster.damage(1, 3, true);
+    let path = cluster.segment(0);
+    cluster.disks[0].remove(&path).unwrap();
+    cluster.disks[0].sync_dir(&path[..path.rfind('/').unwrap()]).unwrap();
+    cluster.restart(&[0, 1, 2]).await;
+    for at in [0, 1] {
+        cluster.repaired(at).await;
+        cluster.assert_whole(at, COUNT);
+    }
+    // And where no single replica has everything, each gives what it has.
+    cluster.stop(&[0, 1, 2]).await;
+    for (at, numbers) in [(0, [2, 3]), (1, [3, 4]), (2, [5, 6])] {
+        numbers.into_iter().for_each(|number| drop(cluster.damage(at, number, true)));
+    }
+    cluster.restart(&[0, 1, 2]).await;
+    for at in 0..3 {
+        cluster.repaired(at).await;
+        cluster.assert_whole(at, COUNT);
+    }
+    cluster.publish(COUNT..COUNT + 3).await;
+    cluster.stop(&[0, 1, 2]).await;
+}
+
+/// The same record bad on every replica is gone. It is told so, by its offsets; everything else is
+/// served and written, and nobody gets other bytes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_is_bad_everywhere_is_a_clear_error() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..COUNT).await;
+    for at in 0..3 {
+        cluster.damage(at, 4, at == 1);
+    }
+    cluster.publish(COUNT..COUNT + 1).await;
+    for at in 0..3 {
+        let error = read(cluster.node(at), 4).unwrap_err();
+        assert!(matches!(error, ReadError::Damaged { first: Offset(4), last: Offset(4), .. }), "{error}");
+    }
+    let given_up = async {
+        while !cluster.node(0).host.damage_summary().iter().any(|one| one.problem.is_some()) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, given_up).await.expect("the operator is told");
+    let summary = cluster.node(0).host.damage_summary().remove(0);
+    assert_eq!((summary.repaired_count, summary.damaged.len()), (0, 1), "{summary:?}");
+    assert!(summary.problem.unwrap().contains("node 2"));
+    for at in 0..3 {
+        assert!(matches!(read(cluster.node(at), 4), Err(ReadError::Damaged { .. })));
+        for number in (0..COUNT).filter(|number| *number != 4) {
+            assert_eq!(read(cluster.node(at), number).unwrap(), payload(number));
+        }
+        assert_eq!(cluster.node(at).group.stopped(), None);
+    }
+    cluster.publish(COUNT + 1..COUNT + 3).await;
+    cluster.stop(&[0, 1, 2]).await;
+}
+
+/// The story: a follower was away, and what it lacks is damaged on the leader. The leader gets it from the
+/// third replica first, and the follower catches up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_repairs_what_a_follower_lacks() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..1).await;
+    let leader = cluster.leader().await;
+    let away = (leader + 1) % 3;
+    cluster.stop(&[away]).await;
+    cluster.publish(1..COUNT).await;
+    cluster.damage(leader, 7, false);
+    cluster.damage(leader, 9, true);
+    cluster.restart(&[away]).await;
+    let mut readable = cluster.node(away).group.readable();
+    let last = cluster.node(leader).group.readable().borrow().index;
+    let caught_up = readable.wait_for(|readable| readable.index >= last);
+    timeout(PATIENCE, caught_up).await.expect("the follower gets everything").unwrap();
+    cluster.assert_whole(away, COUNT);
+    assert!(cluster.node(leader).host.damage_summary().iter().any(|one| one.repaired_count >= 2));
+    assert_eq!(cluster.node(leader).group.stopped(), None);
+    cluster.stop(&[0, 1, 2]).await;
+}
+
+/// Nothing that is not committed is given away, and nothing that was never asked for is believed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn indexes_beyond_the_log_are_no_damage() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..3).await;
+    for at in 0..3 {
+        let log = cluster.node(at).group.log();
+        assert!(log.entries(RaftIndex(1_000)..RaftIndex(1_001), 1).unwrap().is_empty());
+        assert_eq!(cluster.node(at).host.damage_summary(), []);
+    }
+    cluster.stop(&[0, 1, 2]).await;
+}
