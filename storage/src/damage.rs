@@ -20,6 +20,7 @@ use arqon_proto::{BATCH_HEADER_SIZE, Header, Offset, RaftIndex, limits};
 
 use crate::disk::File;
 use crate::error::ReadError;
+use crate::index::IndexPoint;
 use crate::layout::SEGMENT_DATA_AT;
 use crate::log::{Log, LogCore, State};
 use crate::metrics::{self, Metrics};
@@ -301,6 +302,8 @@ pub(crate) struct Stretch {
     /// In order; the last one is the end.
     goals: Vec<Goal>,
     pub end: u64,
+    /// Term of the entry that follows in the same segment, if one does.
+    term_behind: Option<u64>,
 }
 
 impl Stretch {
@@ -344,11 +347,12 @@ impl Stretch {
         let points = known.points().iter().filter(|point| point.at > from.at && point.at < end);
         let mut goals: Vec<_> = points.map(|point| goal(point.at, point.index, point.offset, point.chain)).collect();
         goals.push(last);
-        (from.at < end).then(|| Self { segment: Arc::clone(&known.segment), from, goals, end })
+        let term_behind = recent.map(|oldest| oldest.batch.header.term.0);
+        (from.at < end).then(|| Self { segment: Arc::clone(&known.segment), from, goals, end, term_behind })
     }
 
-    /// What is lost at a break.
-    pub fn damage(&self, broken: Break) -> io::Result<Option<Damage>> {
+    /// What is lost at a break, and where the segment may be entered behind it.
+    pub fn damage(&self, broken: Break) -> io::Result<Option<(Damage, Option<IndexPoint>)>> {
         let file = self.segment.file()?;
         let Break { at: from, batch_end, reason } = broken;
         let end = match batch_end {
@@ -356,7 +360,21 @@ impl Stretch {
             None => self.resync(file.as_ref(), &from)?,
         };
         let Some(end) = end.filter(|end| end.index > from.index && end.at > from.at) else { return Ok(None) };
-        Ok(Some(Damage {
+        let term = if end.at == self.end {
+            self.term_behind
+        } else {
+            Walk::new(file.as_ref(), end.at, self.end).next().ok().flatten().map(|(_, header)| header.term.0)
+        };
+        let behind = term.map(|term| IndexPoint {
+            at: end.at,
+            index: end.index,
+            offset: end.offset,
+            // The times of what is lost are not known; see `SegmentState::fill_in`.
+            time_before_ms: 0,
+            chain: end.chain,
+            term,
+        });
+        let damage = Damage {
             first: RaftIndex(from.index),
             last: RaftIndex(end.index - 1),
             first_offset: Offset(from.offset),
@@ -366,7 +384,8 @@ impl Stretch {
             chain_before: from.chain,
             chain_after: end.chain,
             hole: Hole::Inside { base: self.segment.header.base_index.0, at: from.at, end: end.at },
-        }))
+        };
+        Ok(Some((damage, behind)))
     }
 
     fn resync(&self, file: &dyn File, from: &Cursor) -> io::Result<Option<Cursor>> {
@@ -403,7 +422,10 @@ impl LogCore {
         });
         let damage = found.and_then(|(_, broken)| broken.map_or(Ok(None), |broken| stretch.damage(broken)));
         match damage {
-            Ok(damage) => damage.inspect(|damage| self.note_damage(segment, damage)),
+            Ok(found) => found.map(|(damage, behind)| {
+                self.note_damage(segment, &damage, behind);
+                damage
+            }),
             Err(error) => {
                 tracing::warn!(group = self.group.0, "{} cannot be read: {error}", segment.path());
                 None
@@ -411,11 +433,13 @@ impl LogCore {
         }
     }
 
-    /// Lists `damage`, so that it is repaired and nothing is read from there.
-    pub fn note_damage(&self, segment: &Arc<Segment>, damage: &Damage) {
+    /// Lists `damage`, so that it is repaired and nothing is read from there. Readers of what stands behind
+    /// it enter at `behind`.
+    pub fn note_damage(&self, segment: &Arc<Segment>, damage: &Damage, behind: Option<IndexPoint>) {
         let mut state = self.lock();
-        let in_log = state.segments.iter().any(|known| Arc::ptr_eq(&known.segment, segment));
-        if in_log && state.damage.insert(damage.clone()) {
+        let Some(number) = state.segments.iter().position(|known| Arc::ptr_eq(&known.segment, segment)) else { return };
+        if state.damage.insert(damage.clone()) {
+            state.segments[number].add_point(behind);
             drop(state);
             let (first, last) = (damage.first.0, damage.last.0);
             tracing::warn!(

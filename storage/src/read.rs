@@ -350,7 +350,12 @@ impl Log {
                 Step::Take
             };
             match self.core.walk(span, wanted, choose, |batch| batches.push(batch)) {
-                Ok(true) => next = next.max(span_next),
+                Ok(true) if span_next > next => next = span_next,
+                // Damage was listed after the index was asked where to enter: ask again next time.
+                Ok(true) if gathered.batches.is_empty() => {
+                    return Err(std::io::Error::other(format!("offset {next} is not where the index says")).into());
+                }
+                Ok(true) => return Ok(gathered.batches),
                 Ok(false) => return Ok(gathered.batches),
                 Err(_) if !gathered.batches.is_empty() => return Ok(gathered.batches),
                 Err(error) => return Err(error),

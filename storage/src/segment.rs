@@ -392,6 +392,18 @@ impl SegmentState {
         self.points.push(point);
     }
 
+    /// Adds a point, unless one is there.
+    pub fn add_point(&mut self, point: Option<IndexPoint>) {
+        let Some(mut point) = point else { return };
+        let at = self.points.partition_point(|known| known.at < point.at);
+        if self.points.get(at).is_none_or(|known| known.at > point.at) {
+            let before =
+                at.checked_sub(1).map_or(self.segment.header.time_before_ms, |at| self.points[at].time_before_ms);
+            point.time_before_ms = point.time_before_ms.max(before);
+            self.points.insert(at, point);
+        }
+    }
+
     /// Entries can be read again that stand before byte `end`: `points` among them, and the newest of
     /// their times.
     pub fn fill_in(&mut self, points: Vec<IndexPoint>, end: u64, time_ms: u64) {

@@ -182,6 +182,28 @@ fn what_stands_behind_a_bad_header_is_served() {
     assert!(matches!(told, ReadError::Damaged { first: Offset(1), last: Offset(1), .. }), "{told}");
 }
 
+/// Damage that a reader meets stands between two points of the index, which are far apart: what stands
+/// between it and the next point is served all the same.
+#[test]
+fn what_stands_behind_damage_that_a_reader_met_is_served() {
+    for header in [false, true] {
+        let disk = closed_log();
+        let options = || Options { index_step: 1 << 20, recent_size_max: 1, ..small_options() };
+        let store = Store::open_on(Arc::new(disk.again()), identity(), options()).unwrap();
+        let (log, _) = store.open_log(GROUP, REPLICA).unwrap();
+        let path = &files(&disk, ".seg")[1];
+        let mut bytes = disk.bytes(path).unwrap();
+        bytes[DATA_AT + 4 * ENTRY_SIZE + if header { 20 } else { 200 }] ^= 1;
+        disk.set_bytes(path, &bytes).unwrap();
+        let lost = base(path) + 4;
+        assert_eq!(check(&log, "damaged in use"), [lost]);
+        assert_eq!(check(&log, "and known"), [lost]);
+        repair_all(&log, "in use");
+        let time = log.offset_at_time(1_000 + lost, RaftIndex(COUNT - 1)).unwrap();
+        assert_eq!(log.read_data(time, RaftIndex(COUNT), 1).unwrap()[0].header.index.0, lost);
+    }
+}
+
 /// Whole files: gone, emptied, of another log, cut short, or an old state of them.
 #[test]
 fn lost_segments_before_the_newest_one_are_brought_back() {
