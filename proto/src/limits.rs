@@ -91,6 +91,9 @@ pub const DAMAGE_COUNT_MAX: usize = 256;
 /// Entries put in the place of damaged ones at once, in bytes.
 pub const REPAIR_SIZE_MAX: usize = 256 << 20;
 
+/// Bytes per second that a store reads to find damage.
+pub const SCRUB_RATE_MAX: u64 = 4 << 20;
+
 /// Operators send a heartbeat this often, in milliseconds.
 pub const OPERATOR_HEARTBEAT_MS: u64 = 5_000;
 /// An operator silent for this long is expired and loses its leases, in milliseconds.

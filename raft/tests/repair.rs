@@ -3,10 +3,13 @@
 
 mod support;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use arqon_proto::{NodeId, Offset, RaftIndex};
-use arqon_storage::{Disk, Identity, MemoryDisk, Options, ReadError, Store};
+use arqon_storage::{Disk, DiskSpace, FaultyDisk, Identity, MemoryDisk, Options, ReadError, SpaceState, Store};
 use bytes::Bytes;
 use support::{GROUP, Node, PATIENCE, batch, open_node, payloads};
 use tokio::{net::TcpListener, time::timeout};
@@ -20,6 +23,8 @@ const COUNT: usize = 60;
 struct Cluster {
     addresses: Vec<(NodeId, String)>,
     disks: Vec<MemoryDisk>,
+    /// What each node sees of its disk.
+    seen: Mutex<[Option<FaultyDisk>; 3]>,
     nodes: Vec<Option<Node>>,
 }
 
@@ -27,7 +32,7 @@ impl Cluster {
     async fn start() -> Self {
         let addresses = (1..=3).map(|id| (NodeId(id), String::new())).collect();
         let disks = (0..3).map(|_| MemoryDisk::new()).collect();
-        let mut cluster = Self { addresses, disks, nodes: vec![None, None, None] };
+        let mut cluster = Self { addresses, disks, seen: Mutex::default(), nodes: vec![None, None, None] };
         // All of them at once: a replica that opens may need another.
         let listeners = cluster.listeners(&[0, 1, 2]).await;
         for (at, listener) in listeners {
@@ -59,9 +64,12 @@ impl Cluster {
             index_step: 4 << 10,
             recent_size_max: 1 << 10,
             fill_size: 4 << 10,
+            scrub_rate_max: 0,
             ..Options::default()
         };
-        let store = Store::open_on(Arc::new(self.disks[at].again()), identity, options).unwrap();
+        let disk = FaultyDisk::new(Arc::new(self.disks[at].again()));
+        self.seen.lock().unwrap()[at] = Some(disk.clone());
+        let store = Store::open_on(Arc::new(disk), identity, options).unwrap();
         open_node(id, &self.addresses, store, listener, None).await.unwrap()
     }
 
@@ -75,6 +83,10 @@ impl Cluster {
     /// Opens nodes side by side, as processes do.
     async fn restart(&mut self, which: &[usize]) {
         let listeners = self.listeners(which).await;
+        for at in which {
+            // As another process has it: with a lock of its own.
+            self.disks[*at] = MemoryDisk::copy_of(&self.disks[*at]);
+        }
         let opening = listeners.into_iter().map(async |(at, listener)| (at, self.open(at, listener).await));
         for (at, node) in futures_util::future::join_all(opening).await {
             self.nodes[at] = Some(node);
@@ -133,6 +145,18 @@ impl Cluster {
         assert_ne!(bytes, whole);
         self.disks[at].set_bytes(&path, &bytes).unwrap();
         (path, whole)
+    }
+
+    /// Changes what is free on a node's disk, and waits until it has noticed.
+    async fn set_space(&self, at: usize, space: Option<DiskSpace>, state: SpaceState) {
+        self.seen.lock().unwrap()[at].as_ref().unwrap().set_space(space);
+        let log = self.node(at).group.log();
+        let noticed = async {
+            while log.store_space().state != state {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, noticed).await.expect("the space is looked at");
     }
 
     /// Waits until a replica has repaired something and nothing is damaged any more.
@@ -294,8 +318,41 @@ async fn a_leader_repairs_what_a_follower_lacks() {
     timeout(PATIENCE, caught_up).await.expect("the follower gets everything").unwrap();
     cluster.assert_whole(away, COUNT);
     let summary = cluster.node(leader).host.damage_summary();
-    assert!(summary.iter().any(|one| one.repaired_count == 2), "{summary:?}");
+    let leads = cluster.node(leader).group.status();
+    assert!(
+        summary.iter().any(|one| one.repaired_count == 2),
+        "{summary:?} {leads:?} {:?}",
+        read(cluster.node(leader), 7)
+    );
     assert_eq!(cluster.node(leader).group.stopped(), None);
+    cluster.stop(&[0, 1, 2]).await;
+}
+
+/// The story: the disks of both followers fill. They refuse data before openraft sees it, so nobody
+/// fails; what the leader has waits, and is committed when there is space again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn followers_with_a_full_disk_refuse_data_until_there_is_space() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..3).await;
+    let leader = cluster.leader().await;
+    let followers = [(leader + 1) % 3, (leader + 2) % 3];
+    let before = followers.map(|at| cluster.node(at).group.log().last());
+    for at in followers {
+        cluster.set_space(at, Some(DiskSpace { free_size: 0, total_size: 1 << 40 }), SpaceState::Full).await;
+    }
+    let group = cluster.node(leader).group.clone();
+    let mut proposal = group.propose(group.status().term, batch(payload(3))).await.unwrap();
+    assert!(timeout(Duration::from_millis(700), &mut proposal).await.is_err(), "acknowledged by nobody's disk");
+    assert_eq!(followers.map(|at| cluster.node(at).group.log().last()), before);
+    for at in followers {
+        cluster.set_space(at, None, SpaceState::Enough).await;
+    }
+    timeout(PATIENCE, proposal).await.expect("committed when there is space").unwrap();
+    cluster.publish(4..6).await;
+    for at in 0..3 {
+        assert_eq!(cluster.node(at).group.stopped(), None);
+        cluster.assert_whole(at, 6);
+    }
     cluster.stop(&[0, 1, 2]).await;
 }
 

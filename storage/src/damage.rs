@@ -351,6 +351,11 @@ impl Stretch {
         (from.at < end).then(|| Self { segment: Arc::clone(&known.segment), from, goals, end, term_behind })
     }
 
+    /// The rest of it, when everything before `from` was checked.
+    pub fn starting_at(self, from: Cursor) -> Self {
+        Self { from, ..self }
+    }
+
     /// What is lost at a break, and where the segment may be entered behind it.
     pub fn damage(&self, broken: Break) -> io::Result<Option<(Damage, Option<IndexPoint>)>> {
         let file = self.segment.file()?;

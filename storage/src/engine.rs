@@ -4,7 +4,7 @@
 //!   append, truncate, vote ... ──> queue of the log ──> ready ──┬─> round: the groups of all
 //!                                  (in order, one at a time)    │   logs that have one
 //!                                                               └─> one operation of one log
-//!   zeroes ahead, marks, checkpoints, indexes ──> housekeeper
+//!   zeroes ahead, marks, checkpoints, indexes ──> housekeeper      full segments ──> scrubber
 //! ```
 //!
 //! A log is run by one thread at a time, so its operations and callbacks keep their order.
@@ -94,6 +94,9 @@ pub(crate) struct Engine {
     pool_ready: Condvar,
     chores: Mutex<Chores>,
     chores_ready: Condvar,
+    /// For the scrubber's pauses.
+    resting: Mutex<()>,
+    rested: Condvar,
     /// Logs that are scheduled and chores that run. The threads end when there are none left,
     /// since each of them may still get work from another.
     active_count: AtomicUsize,
@@ -215,6 +218,8 @@ impl Engine {
             pool_ready: Condvar::new(),
             chores: Mutex::default(),
             chores_ready: Condvar::new(),
+            resting: Mutex::default(),
+            rested: Condvar::new(),
             active_count: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
         });
@@ -229,6 +234,10 @@ impl Engine {
         }
         let housekeeper = Arc::clone(&engine);
         spawn("log-chores", Box::new(move || housekeeper.run_chores())).map_err(failed)?;
+        if engine.options.scrub_rate_max > 0 {
+            let scrubber = Arc::clone(&engine);
+            spawn("log-scrub", Box::new(move || scrubber.run_scrubber())).map_err(failed)?;
+        }
         Ok((engine, threads))
     }
 
@@ -290,6 +299,19 @@ impl Engine {
         self.pool_ready.notify_all();
         drop(lock(&self.chores));
         self.chores_ready.notify_all();
+        drop(lock(&self.resting));
+        self.rested.notify_all();
+    }
+
+    pub fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+
+    /// Waits, or until the store stops.
+    pub fn rest(&self, pause: Duration) {
+        let resting = lock(&self.resting);
+        let waited = self.rested.wait_timeout_while(resting, pause, |()| !self.stopped());
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     fn may_end(&self) -> bool {

@@ -24,6 +24,7 @@
 //!   segment.rs   one file                   layout.rs    its bytes
 //!   index.rs     where to enter a segment  space.rs    what the disk still takes
 //!   damage.rs    what cannot be read       repair.rs   and how it is put right
+//!   scrub.rs     looks for it
 //!   disk.rs      what is needed of a disk: real, in memory, faulty
 //! ```
 //!
@@ -51,6 +52,7 @@ mod read;
 mod recent;
 mod recovery;
 mod repair;
+mod scrub;
 mod segment;
 mod space;
 mod store;

@@ -111,6 +111,10 @@ pub struct Metrics {
     pub damage_found_count: AtomicU64,
     /// Ranges of damaged entries repaired so far.
     pub repaired_count: AtomicU64,
+    /// Bytes read and checked by the scrubber so far.
+    pub scrubbed_size: AtomicU64,
+    /// Rounds of the scrubber over all full segments so far.
+    pub scrub_round_count: AtomicU64,
     /// From the start of the write of a group to the end of its fdatasync.
     pub flush_latency: Histogram,
     /// From the first append of a group to the end of its fdatasync.

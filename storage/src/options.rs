@@ -57,6 +57,9 @@ pub struct Options {
     pub reserve_size_max: u64,
     /// See [`Self::reserve_size_max`]; in percent of the disk.
     pub reserve_percent_max: u64,
+    /// Bytes per second that are read to find damage in segments that take no more batches, of all logs
+    /// together. 0: none.
+    pub scrub_rate_max: u64,
     /// Within about this time the durable mark is synced.
     pub mark_delay_ms: u64,
     /// Threads that write, sync and create files.
@@ -82,6 +85,7 @@ impl Default for Options {
             fill_rate_max: 512 << 20,
             reserve_size_max: limits::DISK_RESERVE_SIZE_MAX,
             reserve_percent_max: limits::DISK_RESERVE_PERCENT_MAX,
+            scrub_rate_max: limits::SCRUB_RATE_MAX,
             mark_delay_ms: 100,
             thread_count: 4,
         }

@@ -163,6 +163,8 @@ struct Walked {
     stop_place: String,
     end: Cursor,
     damaged: Vec<Damage>,
+    /// Segment and byte at which the entries above the mark begin.
+    marked_at: Option<(usize, u64)>,
     last: Option<LogPosition>,
     /// Files that do not belong to the log any more.
     leftover: Vec<String>,
@@ -398,6 +400,7 @@ impl Opener<'_> {
             stop_place: "the log start".to_owned(),
             end,
             damaged: Vec::new(),
+            marked_at: None,
             last: manifest.purged,
             leftover: Vec::new(),
             unmarked_count: 0,
@@ -491,7 +494,10 @@ impl Opener<'_> {
             }
             let stop = match self.look(&mut walk, &segment, end, data_end, mark.next_index).map_err(failed)? {
                 Ok((header, next)) => {
-                    walked.unmarked_count += u64::from(header.index.0 >= mark.next_index);
+                    if header.index.0 >= mark.next_index {
+                        walked.unmarked_count += 1;
+                        walked.marked_at.get_or_insert((walked.segments.len(), end.at));
+                    }
                     state.push(&header);
                     (walk.at, *end) = (next.at, next);
                     continue;
@@ -642,6 +648,9 @@ impl Opener<'_> {
             disk::replace(self.disk, &self.dir, MANIFEST_FILE, manifest.encode())?;
             disk::replace(self.disk, &self.dir, VOTE_FILE, crate::flush::encode_vote(vote.as_ref()))?;
         }
+        if let Some((number, from)) = walked.marked_at.filter(|_| !recovery.rewritten) {
+            self.write_again(walked.segments.iter().skip(number), from)?;
+        }
         for name in [MANIFEST_FILE, VOTE_FILE] {
             self.disk.open(&join(&self.dir, name))?.sync()?;
         }
@@ -686,6 +695,24 @@ impl Opener<'_> {
             self.disk.sync_dir(&self.dir)?;
         }
         Ok((mark, sealed))
+    }
+
+    /// Writes what lies above the mark, from byte `from` of the first segment on, over itself: nobody
+    /// was told that it is durable, perhaps because a sync failed and no marker of that could be left.
+    /// The pages count as clean then, and only those that are written again reach the disk.
+    fn write_again<'s>(&self, segments: impl Iterator<Item = &'s SegmentState>, from: u64) -> io::Result<()> {
+        let mut at = from;
+        for segment in segments {
+            let file = segment.segment.file()?;
+            let mut bytes = vec![0; usize::try_from(segment.end.saturating_sub(at)).map_err(io::Error::other)?];
+            if file.read_at(&mut bytes, at)? < bytes.len() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            file.write_at(&[Bytes::from(bytes)], at)?;
+            file.sync()?;
+            at = SEGMENT_DATA_AT;
+        }
+        Ok(())
     }
 
     /// Copies a segment up to its last good batch to fresh blocks.

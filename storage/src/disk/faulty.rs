@@ -26,7 +26,7 @@ pub enum Operation {
 #[derive(Default)]
 struct Plan {
     counts: [AtomicU64; 5],
-    fault: Mutex<Option<(Operation, u64, io::ErrorKind)>>,
+    faults: Mutex<Vec<(Operation, u64, io::ErrorKind)>>,
     failed_count: AtomicU64,
     space: Mutex<Option<DiskSpace>>,
 }
@@ -34,13 +34,13 @@ struct Plan {
 impl Plan {
     fn check(&self, operation: Operation) -> io::Result<()> {
         let count = self.counts[operation as usize].fetch_add(1, Ordering::SeqCst);
-        let fault = *self.fault.lock().unwrap_or_else(PoisonError::into_inner);
-        match fault {
-            Some((kind, at, error)) if kind == operation && count >= at => {
+        let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        match faults.iter().find(|(kind, at, _)| *kind == operation && count >= *at) {
+            Some((.., error)) => {
                 self.failed_count.fetch_add(1, Ordering::SeqCst);
-                Err(io::Error::new(error, format!("injected failure of {operation:?} {count}")))
+                Err(io::Error::new(*error, format!("injected failure of {operation:?} {count}")))
             }
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 }
@@ -59,15 +59,21 @@ impl FaultyDisk {
         Self { disk, plan: Arc::default() }
     }
 
-    /// From now on the operations of this kind fail, after `skip` more that do not.
+    /// From now on only the operations of this kind fail, after `skip` more that do not.
     pub fn fail(&self, operation: Operation, skip: u64, error: io::ErrorKind) {
+        self.heal();
+        self.fail_too(operation, skip, error);
+    }
+
+    /// The same, beside those that fail already.
+    pub fn fail_too(&self, operation: Operation, skip: u64, error: io::ErrorKind) {
         let now = self.plan.counts[operation as usize].load(Ordering::SeqCst);
-        *self.plan.fault.lock().unwrap_or_else(PoisonError::into_inner) = Some((operation, now + skip, error));
+        self.plan.faults.lock().unwrap_or_else(PoisonError::into_inner).push((operation, now + skip, error));
     }
 
     /// Nothing fails any more.
     pub fn heal(&self) {
-        *self.plan.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.plan.faults.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// What the disk says of its space from now on; `None`: the truth. Writes go on all the same.

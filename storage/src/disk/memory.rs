@@ -168,6 +168,12 @@ impl MemoryDisk {
         self.lock_contents().power_off_at = Some(count);
     }
 
+    /// What the system does when a sync fails: every write that is not durable counts as written. It is
+    /// read back, no later sync makes it durable, and a cut loses it.
+    pub fn lose_unsynced(&self) {
+        self.lock_contents().files.iter_mut().for_each(|file| file.unsynced.clear());
+    }
+
     /// Bounds the bytes of all files together, from now on; `None`: no bound. A write that would
     /// pass it fails with `StorageFull` and changes nothing.
     pub fn set_capacity(&self, capacity: Option<u64>) {

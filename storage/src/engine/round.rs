@@ -209,6 +209,7 @@ impl Writer {
         if !together.is_empty()
             && let Err(error) = disk.flush()
         {
+            let error = named("flush of the disk", &error);
             together.into_iter().for_each(|flight| self.fail(flight, copy(&error)));
         }
         let apart = whole(self, false);
@@ -217,7 +218,7 @@ impl Writer {
             let group = &flights[flight].group;
             match result {
                 Ok(()) => group.segment.synced_through(group.end()),
-                Err(error) => self.fail(flight, error),
+                Err(error) => self.fail(flight, named("fdatasync", &error)),
             }
         }
     }
@@ -239,6 +240,11 @@ impl Writer {
         }
         files.iter().map(|blocks| blocks.sync()).collect()
     }
+}
+
+/// The same error, which says what failed.
+fn named(what: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
 /// Where the bytes of one flight go that are being copied.

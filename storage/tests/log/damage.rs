@@ -209,28 +209,40 @@ fn a_failing_disk_poisons_the_log_and_loses_nothing_acknowledged() {
 }
 
 /// The story: fsync failed, so the kernel calls the lost pages clean; the process starts again
-/// and the page cache still shows them. They must be written anew before anybody counts on them.
+/// and the page cache still shows them. They must be written anew before anybody counts on them. With a
+/// marker of the failure they go to fresh blocks; where the disk took no marker, what was never
+/// marked durable is written again all the same.
 #[test]
-fn after_a_failed_sync_the_tail_is_written_to_fresh_blocks() {
-    let memory = MemoryDisk::new();
-    let disk = FaultyDisk::new(Arc::new(memory.again()));
-    let (store, log) = open_on(Arc::new(disk.clone())).unwrap();
-    append_many(&log, 1, 2, 100);
-    disk.fail(Operation::Sync, 0, ErrorKind::Other);
-    assert!(append(&log, vec![data(1, 2, 1, 100, 0)]).recv().unwrap().is_err());
-    disk.heal();
-    drop((store, log, disk));
-    assert_eq!(files(&memory, "rewrite").len(), 1, "no marker was left");
+fn after_a_failed_sync_nothing_is_believed_that_it_left() {
+    for marker in [true, false] {
+        let memory = MemoryDisk::new();
+        let disk = FaultyDisk::new(Arc::new(memory.again()));
+        let (store, log) = open_on(Arc::new(disk.clone())).unwrap();
+        append_many(&log, 1, 2, 100);
+        disk.fail(Operation::Sync, 0, ErrorKind::Other);
+        if !marker {
+            disk.fail_too(Operation::Name, 0, ErrorKind::ReadOnlyFilesystem);
+        }
+        let waiting = append(&log, vec![data(1, 2, 1, 100, 0)]);
+        let error = waiting.recv().unwrap().unwrap_err();
+        assert!(error.to_string().contains("flush of the disk: injected failure of Sync"), "{error}");
+        let reason = log.poisoned().unwrap();
+        assert!(reason.contains(".seg") && reason.contains("flush of the disk"), "{reason}");
+        drop((store, log, disk));
+        assert_eq!(files(&memory, "rewrite").len(), usize::from(marker));
+        memory.lose_unsynced();
 
-    let store = Store::open_on(Arc::new(memory.again()), identity(), small_options()).unwrap();
-    let (log, recovery) = store.open_log(GROUP, REPLICA).unwrap();
-    assert!(recovery.rewritten);
-    let kept = next_index(&log);
-    drop((store, log));
-    for seed in 0..20 {
-        let after = MemoryDisk::copy_of(&memory).cut(seed);
-        let (_store, log) = open_on(Arc::new(after)).unwrap();
-        assert_eq!(next_index(&log), kept, "the tail that was answered for is not durable");
+        let store = Store::open_on(Arc::new(memory.again()), identity(), small_options()).unwrap();
+        let (log, recovery) = store.open_log(GROUP, REPLICA).unwrap();
+        assert_eq!((recovery.rewritten, recovery.unmarked_count), (marker, 1));
+        let kept = next_index(&log);
+        assert_eq!(kept, 3, "the page cache shows the entry");
+        drop((store, log));
+        for seed in 0..20 {
+            let after = MemoryDisk::copy_of(&memory).cut(seed);
+            let (_store, log) = open_on(Arc::new(after)).unwrap();
+            assert_eq!(next_index(&log), kept, "the tail that was answered for is not durable");
+        }
     }
 }
 

@@ -391,3 +391,32 @@ fn purged_damage_is_forgotten() {
     assert_eq!((log.damaged().len(), listed()), (0, 0));
     assert_eq!(log.log_start(), log.read_data(log.log_start(), RaftIndex(u64::MAX), 1).unwrap()[0].header.base_offset);
 }
+
+/// Damage that nobody reads is found in a round of the scrubber, at the rate that it was given, and with
+/// no log held open.
+#[test]
+fn the_scrubber_finds_what_nobody_reads() {
+    let disk = closed_log();
+    let segments = files(&disk, ".seg");
+    for (path, at) in [(&segments[0], 2 * ENTRY_SIZE + 400), (&segments[1], 5 * ENTRY_SIZE + 130)] {
+        let mut bytes = disk.bytes(path).unwrap();
+        bytes[DATA_AT + at] ^= 1;
+        disk.set_bytes(path, &bytes).unwrap();
+    }
+    let lost: Vec<u64> = vec![2, base(&segments[1]) + 5];
+    let options = Options { scrub_rate_max: 1 << 30, ..small_options() };
+    let store = Store::open_on(Arc::new(disk.again()), identity(), options).unwrap();
+    let (log, recovery) = store.open_log(GROUP, REPLICA).unwrap();
+    assert_eq!(recovery.damaged, [], "records are not looked at to open a log");
+    let begin = std::time::Instant::now();
+    while log.damaged().len() < 2 {
+        assert!(begin.elapsed() < std::time::Duration::from_secs(30), "{:?}", log.damaged());
+        std::thread::yield_now();
+    }
+    let found: Vec<_> = log.damaged().iter().map(|damage| (damage.first.0, damage.last.0)).collect();
+    assert_eq!(found, lost.iter().map(|index| (*index, *index)).collect::<Vec<_>>());
+    assert!(store.metrics().scrubbed_size.load(std::sync::atomic::Ordering::Relaxed) > 0);
+    repair_all(&log, "what the scrubber found");
+    close(store, log);
+    assert_eq!(open(&disk).2.damaged, []);
+}

@@ -27,6 +27,7 @@ pub fn small_options() -> Options {
         index_step: 512,
         recent_size_max: 2 << 10,
         fill_size: 4 << 10,
+        scrub_rate_max: 0,
         mark_delay_ms: 5,
         thread_count: 2,
         ..Options::default()
