@@ -4,6 +4,7 @@
 //! It reads past the page cache, where the disk can, and at a bounded rate; what it finds is listed as
 //! damage that a reader met is. It keeps no log open.
 
+use std::collections::VecDeque;
 use std::sync::Weak;
 use std::time::{Duration, Instant};
 
@@ -21,11 +22,12 @@ const ROUND_TIME_MIN: Duration = Duration::from_secs(60);
 /// Something may have been written when there was nothing to read.
 const EMPTY_PAUSE: Duration = Duration::from_secs(1);
 
-/// How far the round is: everything before was read.
+/// What is left of a round.
 #[derive(Default)]
 struct Progress {
-    log: Option<(GroupId, ReplicaId)>,
-    /// First index of the segment that is being read.
+    /// Logs to read; the first one is being read.
+    logs: VecDeque<(GroupId, ReplicaId)>,
+    /// Segments of that log before the one with this first index were read.
     base: u64,
     /// In that segment, when its reading has begun.
     cursor: Option<Cursor>,
@@ -41,9 +43,14 @@ impl Engine {
     /// Reads until the store stops.
     pub fn run_scrubber(&self) {
         let rate = self.options.scrub_rate_max;
-        let (mut progress, mut round_at, mut round_size) = (Progress::default(), Instant::now(), 0);
+        let (mut progress, mut begins) = (Progress::default(), true);
+        let (mut round_at, mut round_size) = (Instant::now(), 0);
         while !self.stopped() {
             let begin = Instant::now();
+            if begins {
+                progress.logs = self.logs().keys().copied().collect();
+            }
+            begins = false;
             let pause = match self.scrub_step(&mut progress) {
                 Step::Read(size) => {
                     round_size += size;
@@ -51,11 +58,10 @@ impl Engine {
                     Duration::from_secs_f64(size as f64 / rate as f64).saturating_sub(begin.elapsed())
                 }
                 Step::RoundEnds => {
-                    progress = Progress::default();
                     let is_empty = std::mem::take(&mut round_size) == 0;
                     let rest = if is_empty { EMPTY_PAUSE } else { ROUND_TIME_MIN.saturating_sub(round_at.elapsed()) };
                     metrics::add(&self.metrics.scrub_round_count, usize::from(!is_empty));
-                    round_at = Instant::now() + rest;
+                    (round_at, begins) = (Instant::now() + rest, true);
                     rest
                 }
             };
@@ -65,34 +71,19 @@ impl Engine {
 
     /// Reads about [`STEP_SIZE`] bytes, of one segment.
     fn scrub_step(&self, progress: &mut Progress) -> Step {
-        loop {
-            let Some((key, core)) = self.scrubbed_log(progress.log) else { return Step::RoundEnds };
-            if progress.log != Some(key) {
-                *progress = Progress { log: Some(key), ..Progress::default() };
-            }
-            let stretch = core.upgrade().and_then(|core| core.stretch_from(progress));
-            let Some(stretch) = stretch else {
-                // This log is read through: the next one begins behind it.
-                *progress =
-                    Progress { log: Some((key.0, ReplicaId(key.1.0.saturating_add(1)))), ..Progress::default() };
-                if self.stopped() {
-                    return Step::RoundEnds;
-                }
-                continue;
+        while let Some(key) = progress.logs.front().copied() {
+            let core = match self.logs().get(&key) {
+                Some(Place::Open(core)) => Weak::clone(core),
+                _ => Weak::new(),
             };
-            let size = self.scrub(&core, &stretch, progress);
-            return Step::Read(size);
+            let stretch = core.upgrade().and_then(|core| core.stretch_from(progress));
+            if let Some(stretch) = stretch {
+                return Step::Read(self.scrub(&core, &stretch, progress));
+            }
+            let logs = progress.logs.split_off(1);
+            *progress = Progress { logs, ..Progress::default() };
         }
-    }
-
-    /// The first open log at or behind `from`.
-    fn scrubbed_log(&self, from: Option<(GroupId, ReplicaId)>) -> Option<((GroupId, ReplicaId), Weak<LogCore>)> {
-        let logs = self.logs();
-        let open = logs.iter().filter_map(|(key, place)| match place {
-            Place::Open(core) if Some(*key) >= from => Some((*key, Weak::clone(core))),
-            _ => None,
-        });
-        open.min_by_key(|(key, _)| *key)
+        Step::RoundEnds
     }
 
     fn scrub(&self, core: &Weak<LogCore>, stretch: &Stretch, progress: &mut Progress) -> usize {
