@@ -325,16 +325,21 @@ impl Host {
                 log
             }
             Err(arqon_storage::OpenError::Quarantined { reason, .. }) => {
-                let quarantined = Replica::Quarantined { replica, reason: reason.clone() };
-                self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, quarantined);
-                return Err(OpenError::Quarantined { group, replica, reason });
+                return Err(self.quarantine(group, replica, reason));
             }
             Err(error) => return Err(io(io::Error::other(error))),
         };
         let installed = InstalledSlot::default();
         let (readable_tx, readable) = watch::channel(Readable::default());
         let blank = machine.fresh();
-        let machine = Machine::open(machine, log.clone(), installed.clone(), readable_tx).map_err(io)?;
+        let machine = match Machine::open(machine, log.clone(), installed.clone(), readable_tx) {
+            Ok(machine) => machine,
+            // Its state is lost and cannot be made again from what is retained.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                return Err(self.quarantine(group, replica, error.to_string()));
+            }
+            Err(error) => return Err(io(error)),
+        };
         let pulse = Arc::new(Pulse::new(&self.inner, spec.first));
         let commit_patience = if spec.followers_act { Duration::ZERO } else { COMMIT_PATIENCE };
         let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone(), commit_patience };
@@ -352,6 +357,13 @@ impl Host {
         self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, running);
         self.initialise(&spec, raft).await;
         Ok(handle)
+    }
+
+    /// Remembers that the replica may not run, for its peers and the operator.
+    fn quarantine(&self, group: GroupId, replica: ReplicaId, reason: String) -> OpenError {
+        let quarantined = Replica::Quarantined { replica, reason: reason.clone() };
+        self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, quarantined);
+        OpenError::Quarantined { group, replica, reason }
     }
 
     /// Gives a new group its first membership. Every initial replica may do it, with the same

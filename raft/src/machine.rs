@@ -82,6 +82,9 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Takes up the newest checkpoint that opens; entries after it are applied again.
+    ///
+    /// # Errors
+    /// `InvalidData` when none opens and the log alone is not enough; or the disk failed.
     pub(crate) fn open(
         inner: Box<dyn StateMachine>,
         log: Log,
@@ -103,6 +106,10 @@ impl Machine {
         for (kind, at) in checkpoints {
             match machine.log.load_checkpoint(kind, at).and_then(|bytes| machine.restore(&bytes)) {
                 Ok(()) => return Ok(machine),
+                // The disk may give it the next time.
+                Err(error) if !matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::NotFound) => {
+                    return Err(error);
+                }
                 // Derived data: an older one, or the log itself, gives the same state.
                 Err(error) => {
                     tracing::warn!(%error, index = at.index.0, "checkpoint does not open, taking an older one")
@@ -110,7 +117,8 @@ impl Machine {
             }
         }
         if machine.log.purged().is_some() {
-            return Err(io::Error::other("the log's start is gone and no checkpoint of it opens"));
+            let reason = "the log's start is gone and no checkpoint of it opens";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
         }
         machine.inner().restore(&[]).map_err(io::Error::other)?;
         Ok(machine)
@@ -181,8 +189,8 @@ impl Machine {
     fn restore(&mut self, bytes: &Bytes) -> io::Result<()> {
         let checkpoint = decode_checkpoint(bytes)?;
         let membership = from_wire_membership(checkpoint.membership.unwrap_or_default())
-            .ok_or_else(|| io::Error::other("checkpoint holds a malformed membership"))?;
-        self.inner().restore(&checkpoint.state).map_err(io::Error::other)?;
+            .ok_or_else(|| malformed("checkpoint holds a malformed membership".to_owned()))?;
+        self.inner().restore(&checkpoint.state).map_err(|error| malformed(error.to_string()))?;
         self.applied = checkpoint.applied.map(from_wire_log_id);
         self.membership = StoredMembership::new(checkpoint.membership_id.map(from_wire_log_id), membership);
         self.next_offset = Offset(checkpoint.next_offset);
@@ -235,9 +243,13 @@ impl Machine {
     }
 }
 
+fn malformed(reason: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, reason)
+}
+
 fn decode_checkpoint(bytes: &Bytes) -> io::Result<wire::Checkpoint> {
     let checkpoint =
-        wire::Checkpoint::decode(bytes.clone()).map_err(|_| io::Error::other("checkpoint is malformed"))?;
+        wire::Checkpoint::decode(bytes.clone()).map_err(|_| malformed("checkpoint is malformed".to_owned()))?;
     if checkpoint.version != CHECKPOINT_VERSION {
         return Err(io::Error::other(format!("checkpoint has the unknown version {}", checkpoint.version)));
     }
@@ -332,14 +344,21 @@ fn current_snapshot(log: &Log) -> io::Result<Option<Snapshot>> {
     let Some((kind, at)) = retention.max_by_key(|(_, at)| at.index) else {
         return Ok(None);
     };
-    let bytes = log.load_checkpoint(kind, at)?;
-    decode_snapshot(bytes).map(Some)
+    match log.load_checkpoint(kind, at).and_then(decode_snapshot) {
+        Ok(snapshot) => Ok(Some(snapshot)),
+        // As good as lost: see `RetentionSnapshot`.
+        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::NotFound) => {
+            tracing::warn!(%error, index = at.index.0, "the checkpoint of the retention point does not open");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn decode_snapshot(bytes: Bytes) -> io::Result<Snapshot> {
     let checkpoint = decode_checkpoint(&bytes)?;
     let membership = from_wire_membership(checkpoint.membership.unwrap_or_default())
-        .ok_or_else(|| io::Error::other("checkpoint holds a malformed membership"))?;
+        .ok_or_else(|| malformed("checkpoint holds a malformed membership".to_owned()))?;
     let membership_id = checkpoint.membership_id.map(from_wire_log_id);
     let meta = SnapshotMeta {
         last_log_id: checkpoint.applied.map(from_wire_log_id),

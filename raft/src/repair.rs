@@ -75,6 +75,8 @@ struct PlaceState {
     retry_after: Duration,
     /// Raft cannot go on without an entry that is damaged.
     is_needed: bool,
+    /// Leadership was given away because of that: where everybody has the damage it would go round.
+    has_resigned: bool,
 }
 
 impl Place {
@@ -235,27 +237,28 @@ async fn repair_log(host: &Arc<HostInner>, place: &Place, damaged: Vec<Damage>) 
             }
         }
         state.problem = problem;
-        state.problem.is_some() && std::mem::take(&mut state.is_needed)
+        let is_needed = state.problem.is_some() && std::mem::take(&mut state.is_needed);
+        is_needed && !state.has_resigned
     };
-    if hands_over {
-        hand_over(host, place.log.group()).await;
+    if hands_over && hand_over(host, place.log.group()).await {
+        place.state().has_resigned = true;
     }
 }
 
-/// A leader that cannot read what a follower needs gives way to one that can.
-async fn hand_over(host: &Arc<HostInner>, group: GroupId) {
+/// A leader that cannot read what a follower needs gives way to one that can. Whether it tried.
+async fn hand_over(host: &Arc<HostInner>, group: GroupId) -> bool {
     let running = match host.lock_groups().get(&group) {
         Some(Replica::Running(running)) => running.clone(),
-        _ => return,
+        _ => return false,
     };
     let status = running.status();
     let heir = status.voters.iter().copied().find(|node| *node != host.node && running.is_caught_up(*node));
-    if let (true, Some(heir)) = (status.is_leader, heir) {
-        tracing::warn!(group = group.0, "leadership goes to node {heir}: entries of the log here are damaged");
-        if let Err(error) = running.transfer_leader(heir).await {
-            tracing::warn!(group = group.0, %error, "leadership was not handed over");
-        }
+    let (true, Some(heir)) = (status.is_leader, heir) else { return false };
+    tracing::warn!(group = group.0, "leadership goes to node {heir}: entries of the log here are damaged");
+    if let Err(error) = running.transfer_leader(heir).await {
+        tracing::warn!(group = group.0, %error, "leadership was not handed over");
     }
+    true
 }
 
 /// The entries of `damage`, each from any peer that has it.

@@ -56,6 +56,10 @@ impl Cluster {
 
     /// Little is kept in memory, so that reads go to the disk.
     async fn open(&self, at: usize, listener: TcpListener) -> Node {
+        self.try_open(at, listener).await.unwrap()
+    }
+
+    async fn try_open(&self, at: usize, listener: TcpListener) -> Result<Node, OpenError> {
         let id = at as u64 + 1;
         let identity = Identity { cluster: "test".into(), node: NodeId(id) };
         let options = Options {
@@ -70,7 +74,7 @@ impl Cluster {
         let disk = FaultyDisk::new(Arc::new(self.disks[at].again()));
         self.seen.lock().unwrap()[at] = Some(disk.clone());
         let store = Store::open_on(Arc::new(disk), identity, options).unwrap();
-        open_node(id, &self.addresses, store, listener, None).await.unwrap()
+        open_node(id, &self.addresses, store, listener, None).await
     }
 
     async fn stop(&mut self, which: &[usize]) {
@@ -356,6 +360,53 @@ async fn followers_with_a_full_disk_refuse_data_until_there_is_space() {
         cluster.assert_whole(at, 6);
     }
     cluster.stop(&[0, 1, 2]).await;
+}
+
+/// A state that does not open is made again: from the log when all of it is there, not at all when its
+/// start is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_checkpoint_is_made_again_from_the_log_or_quarantines() {
+    let mut cluster = Cluster::start().await;
+    // A clean stop saves the state after a quarter of a megabyte.
+    cluster.publish(0..450).await;
+    let at = (cluster.leader().await + 1) % 3;
+    let dir = format!("logs/{GROUP}-{}", 101 + at);
+    let spoil = |disk: &MemoryDisk| {
+        let names = disk.list(&dir).unwrap();
+        let checkpoints: Vec<_> = names.iter().filter(|name| name.starts_with("checkpoint")).collect();
+        assert!(!checkpoints.is_empty(), "{names:?}");
+        for name in checkpoints {
+            let path = format!("{dir}/{name}");
+            let mut bytes = disk.bytes(&path).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            disk.set_bytes(&path, &bytes).unwrap();
+        }
+    };
+    cluster.stop(&[at]).await;
+    spoil(&cluster.disks[at]);
+    cluster.restart(&[at]).await;
+    cluster.publish(450..455).await;
+    cluster.assert_whole(at, 455);
+    // The answer of the state machine counts what it has applied.
+    cluster.node(cluster.leader().await).group.transfer_leader(NodeId(at as u64 + 1)).await.unwrap();
+    let mut watch = cluster.node(at).group.watch();
+    timeout(PATIENCE, watch.wait_for(|status| status.ready)).await.expect("it leads").unwrap();
+    let group = cluster.node(at).group.clone();
+    let proposal = group.propose(group.status().term, batch(payload(455))).await.unwrap();
+    let applied = timeout(PATIENCE, proposal).await.expect("an answer").unwrap();
+    assert_eq!(applied.outcome, vec![(456 % 256) as u8]);
+
+    let through = group.log().last_segment_boundary(RaftIndex(200)).unwrap();
+    group.trim(through).await.unwrap();
+    timeout(PATIENCE, group.trimmed(through)).await.expect("trimmed");
+    drop(group);
+    cluster.stop(&[at]).await;
+    spoil(&cluster.disks[at]);
+    cluster.disks[at] = MemoryDisk::copy_of(&cluster.disks[at]);
+    let listener = cluster.listeners(&[at]).await.remove(0).1;
+    let error = cluster.try_open(at, listener).await.err().expect("it must not open");
+    assert!(matches!(&error, OpenError::Quarantined { reason, .. } if reason.contains("checkpoint")), "{error}");
 }
 
 /// Nothing that is not committed is given away, and nothing that was never asked for is believed.

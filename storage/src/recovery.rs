@@ -194,7 +194,7 @@ pub(crate) fn recover(
     let tail_is_there = manifest.tail.is_none_or(|tail| found.iter().any(|found| found.header.base_index == tail));
     let committed_end = mark.committed.map_or(0, |committed| committed.index.0 + 1);
     let mut walked = opener.walk(&Bounds { manifest: &manifest, mark: &mark, committed_end }, found)?;
-    opener.place_lost(lost, &mut walked)?;
+    opener.place_lost(lost, index_after(manifest.purged), &mut walked)?;
     let cut = opener.judge(&mark, &walked, manifest.tail.filter(|_| !tail_is_there))?;
 
     let mut recovery = Recovery {
@@ -367,8 +367,10 @@ impl Opener<'_> {
 
     /// Gives each lost segment to the hole in which it stood. One whose entries stand elsewhere was
     /// replaced and not yet removed.
-    fn place_lost(&self, lost: Vec<Lost>, walked: &mut Walked) -> Result<(), OpenError> {
+    fn place_lost(&self, lost: Vec<Lost>, start: u64, walked: &mut Walked) -> Result<(), OpenError> {
         for Lost { name, base_index, reason } in lost {
+            // It may begin with entries that were purged.
+            let base_index = base_index.max(start);
             let hole = walked.damaged.iter_mut().find_map(|damage| match &mut damage.hole {
                 Hole::Between { lost } if (damage.first.0..=damage.last.0).contains(&base_index) => Some(lost),
                 _ => None,

@@ -247,6 +247,28 @@ fn lost_segments_before_the_newest_one_are_brought_back() {
     assert!(is_repaired(&disk, "all but the newest are gone"));
 }
 
+/// A lost segment may begin with entries that were purged.
+#[test]
+fn a_lost_segment_that_was_purged_in_part_comes_back_in_part() {
+    let disk = closed_log();
+    let (store, log, _) = open(&disk);
+    let path = files(&disk, ".seg").swap_remove(1);
+    let last = base(&path) + 2;
+    block_on(log.purge_through(position(1 + last / 20, last))).unwrap();
+    close(store, log);
+    disk.set_bytes(&path, b"nothing of use").unwrap();
+    let (store, log, recovery) = open(&disk);
+    let damage = &recovery.damaged[0];
+    assert_eq!((recovery.damaged.len(), damage.first.0), (1, last + 1));
+    block_on(log.repair(damage, from_peer(damage))).unwrap();
+    close(store, log);
+    let (_store, log, recovery) = open(&disk);
+    assert_eq!((recovery.damaged.len(), recovery.removed_segment_count), (0, 0));
+    let kept = read_entries(&log, last + 1, 1 << 20);
+    assert!(kept.iter().map(essence).eq((last + 1..COUNT).map(|index| essence(&entry(index)))));
+    assert!(disk.bytes(&path).is_err(), "what was lost is gone");
+}
+
 #[test]
 fn without_its_newest_segment_a_log_is_quarantined() {
     let disk = closed_log();
