@@ -9,6 +9,7 @@ use std::{
 };
 
 use arqon_proto::{NodeId, Offset, RaftIndex};
+use arqon_raft::OpenError;
 use arqon_storage::{Disk, DiskSpace, FaultyDisk, Identity, MemoryDisk, Options, ReadError, SpaceState, Store};
 use bytes::Bytes;
 use support::{GROUP, Node, PATIENCE, batch, open_node, payloads};
