@@ -378,10 +378,8 @@ async fn a_damaged_checkpoint_is_made_again_from_the_log_or_quarantines() {
         assert!(!checkpoints.is_empty(), "{names:?}");
         for name in checkpoints {
             let path = format!("{dir}/{name}");
-            let mut bytes = disk.bytes(&path).unwrap();
-            let middle = bytes.len() / 2;
-            bytes[middle] ^= 1;
-            disk.set_bytes(&path, &bytes).unwrap();
+            let bytes = disk.bytes(&path).unwrap();
+            disk.set_bytes(&path, &bytes[..bytes.len() / 2]).unwrap();
         }
     };
     cluster.stop(&[at]).await;

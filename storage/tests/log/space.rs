@@ -84,7 +84,10 @@ fn nothing_is_filled_ahead_while_space_is_low() {
     disk.set_space(Some(DiskSpace { free_size: 1 << 20, total_size: 1 << 30 }));
     let store = Store::open_on(Arc::new(disk.clone()), identity(), small_options()).unwrap();
     let (log, _) = store.open_log(GROUP, REPLICA).unwrap();
-    append_many(&log, 1, 100, 700);
+    // Each flush would ask for zeroes.
+    for _ in 0..100 {
+        append_many(&log, 1, 1, 700);
+    }
     let filled = || store.metrics().filled_size.load(std::sync::atomic::Ordering::Relaxed);
     assert_eq!((store.space().state, filled()), (SpaceState::Full, 0));
     disk.set_space(None);
