@@ -139,14 +139,20 @@ fn verify(args: &DirArgs) -> Result<(), Failure> {
         let name = format!("group {} replica {}", log.group, log.replica);
         damage.extend(log.damage.iter().map(|text| format!("{name}: {text}")));
         let mut next_index = None;
-        let mut end = None;
+        let mut end: Option<String> = None;
         for segment in log.segments.iter().filter(|segment| !segment.is_stale) {
+            let expected = next_index.or(log.purged.map(|purged| purged.index.0 + 1)).unwrap_or(0);
+            if segment.base.0 > expected {
+                // Something is behind them, so this is no torn tail.
+                let end = end.take().unwrap_or_else(|| "no segment holds them".to_owned());
+                damage.push(format!("{name}: entries {expected} to {} are missing: {end}", segment.base.0 - 1));
+            }
             let totals = Totals::of(segment, |_| {});
             batches += totals.batches;
             records += totals.records;
             bytes += totals.bytes;
             damage.extend(totals.damaged);
-            next_index = totals.next_index.or(next_index);
+            next_index = totals.next_index.or(Some(segment.base.0)).max(next_index);
             end = totals.end.map(|(at, reason)| format!("{} at byte {at}: {reason}", segment.path));
         }
         // Above the durable mark a bad byte is a torn tail, which the next start cuts.
