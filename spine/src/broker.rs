@@ -300,6 +300,7 @@ impl Broker {
 
     fn problems(&self) -> Vec<String> {
         let mut problems = self.replicas.problems();
+        problems.extend(self.replicas.damage());
         if self.slow.load(Ordering::Relaxed) {
             problems.push("the disk takes over 500 ms for a flush; other nodes lead".to_owned());
         }

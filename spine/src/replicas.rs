@@ -19,7 +19,7 @@ use std::{
 };
 
 use arqon_proto::{GroupId, NodeId, PartitionId, ReplicaId, wire};
-use arqon_raft::{GroupSpec, Host, OpenError};
+use arqon_raft::{DamageSummary, GroupSpec, Host, OpenError};
 use arqon_storage::Store;
 use futures_util::{StreamExt, stream};
 use tokio::{sync::watch, time::sleep};
@@ -111,6 +111,27 @@ impl Replicas {
             .collect();
         open.sort_by_key(|partition| partition.group_id().0);
         open
+    }
+
+    /// One line for each replica here that has damaged entries, or had some since its start.
+    pub(crate) fn damage(&self) -> Vec<String> {
+        let name = |group: GroupId| match self.get(group) {
+            Some(partition) => format!("{}/{}", partition.topic().name, partition.partition()),
+            None => format!("group {group}"),
+        };
+        let line = |damage: DamageSummary| {
+            let name = name(damage.group);
+            let Some(first) = damage.damaged.first() else {
+                let count = damage.repaired_count;
+                return (count > 0).then(|| format!("{name}: {count} damaged ranges were repaired from other nodes"));
+            };
+            let problem = damage.problem.map(|problem| format!("; not repaired yet: {problem}")).unwrap_or_default();
+            let count = damage.damaged.len();
+            let (from, to) = (first.first_offset, first.next_offset);
+            let place = &first.place;
+            Some(format!("{name}: {count} damaged ranges, the first at offsets {from} to {to} in {place}{problem}"))
+        };
+        self.host.damage_summary().into_iter().filter_map(line).collect()
     }
 
     /// One line for each replica here that does not work.
