@@ -79,6 +79,12 @@ pub const PARTIAL_FRAMES_TOTAL_MAX: usize = 32 << 20;
 /// Time to complete a handshake, in milliseconds.
 pub const HANDSHAKE_MS_MAX: u64 = 5_000;
 
+/// Below this much free on the disk of a data directory, new data is refused; on a small disk below
+/// [`DISK_RESERVE_PERCENT_MAX`] of it. Followers refuse data below a quarter of that.
+pub const DISK_RESERVE_SIZE_MAX: u64 = 512 << 20;
+/// See [`DISK_RESERVE_SIZE_MAX`]; in percent of the disk.
+pub const DISK_RESERVE_PERCENT_MAX: u64 = 5;
+
 /// Operators send a heartbeat this often, in milliseconds.
 pub const OPERATOR_HEARTBEAT_MS: u64 = 5_000;
 /// An operator silent for this long is expired and loses its leases, in milliseconds.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use arqon_proto::{GroupId, NodeId, ReplicaId, wire};
-use arqon_storage::Store;
+use arqon_storage::{Space, Store};
 use bytes::Bytes;
 use futures_util::{
     StreamExt,
@@ -203,6 +203,11 @@ impl HostInner {
                 Err(error(Code::NoReplica, format!("replica {replica} of group {group} is not on node {}", self.node)))
             }
         }
+    }
+
+    /// What the disk of this node still takes.
+    pub(crate) fn space(&self) -> Space {
+        self.store.space()
     }
 
     pub(crate) async fn handle_forward(&self, from: NodeId, kind: String, body: Bytes) -> Result<Bytes, String> {

@@ -19,6 +19,20 @@ use bytes::Bytes;
 
 pub use crate::layout::BLOCK_SIZE;
 
+/// Sizes of the file system of a data directory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskSpace {
+    /// What may still be written.
+    pub free_size: u64,
+    /// The whole of it.
+    pub total_size: u64,
+}
+
+impl DiskSpace {
+    /// A disk that never fills.
+    pub const UNLIMITED: Self = Self { free_size: u64::MAX, total_size: u64::MAX };
+}
+
 /// One data directory.
 pub trait Disk: Send + Sync + 'static {
     /// What error messages call this disk: a path, usually.
@@ -89,6 +103,15 @@ pub trait Disk: Send + Sync + 'static {
     /// # Errors
     /// A failure of the disk.
     fn sync_dir(&self, path: &str) -> io::Result<()>;
+
+    /// What is free here and how much there is, as far as this process may use it. A disk without
+    /// a limit says [`DiskSpace::UNLIMITED`].
+    ///
+    /// # Errors
+    /// A failure of the disk.
+    fn space(&self) -> io::Result<DiskSpace> {
+        Ok(DiskSpace::UNLIMITED)
+    }
 
     /// The names in a directory, sorted.
     ///

@@ -37,6 +37,7 @@ use crate::metrics::{self, Metrics};
 use crate::options::{Backend, Options};
 use crate::recent::RecentTotal;
 use crate::segment::Segment;
+use crate::space::{self, Space, SpaceState, SpaceWatch};
 
 /// Rounds that run side by side, with io_uring.
 const ROUND_COUNT: usize = 2;
@@ -83,6 +84,7 @@ pub(crate) struct Engine {
     pub metrics: Arc<Metrics>,
     /// Recent entries of all logs.
     pub recent: Arc<RecentTotal>,
+    space: SpaceWatch,
     logs: Mutex<Logs>,
     /// A log was opened or could not be.
     opened: Condvar,
@@ -197,11 +199,14 @@ impl Engine {
         let pool = Pool { writers: writers.map_err(failed)?, ..Pool::default() };
         let metrics = Arc::<Metrics>::default();
         let recent = RecentTotal::new(Arc::clone(&metrics), options.recent_size_max, options.recent_total_max);
+        let space = SpaceWatch::new(Arc::clone(&metrics));
+        space.refresh(disk.as_ref());
         let engine = Arc::new(Self {
             disk,
             options,
             metrics,
             recent: Arc::new(recent),
+            space,
             logs: Mutex::default(),
             opened: Condvar::new(),
             uring,
@@ -247,6 +252,22 @@ impl Engine {
             };
         }
         self.opened.notify_all();
+    }
+
+    /// What the disk still takes, as far as is known now.
+    pub fn space(&self) -> Space {
+        self.space.now(&self.options)
+    }
+
+    /// Asks the disk what is free.
+    pub fn refresh_space(&self) {
+        let before = self.space().state;
+        self.space.refresh(self.disk.as_ref());
+        let now = self.space();
+        if now.state != before {
+            let (name, free, reserve) = (self.disk.name(), now.free_size, now.reserve_size);
+            tracing::warn!("{name} has {free} bytes free and a reserve of {reserve}: space is {:?}", now.state);
+        }
     }
 
     pub fn backend_name(&self) -> &'static str {
@@ -452,28 +473,34 @@ impl Engine {
 
     fn run_chores(&self) {
         let (mut next_fill_at, mut next_mark_at) = (Instant::now(), Instant::now());
+        let mut space_at = Instant::now();
         loop {
+            if space_at.elapsed() >= self.space_interval() {
+                self.refresh_space();
+                space_at = Instant::now();
+            }
             let chore = {
                 let mut chores = lock(&self.chores);
                 loop {
                     let stopped = self.stopped.load(Ordering::SeqCst);
                     if let Some(chore) = chores.take(Instant::now(), next_mark_at, stopped) {
                         self.begin();
-                        break chore;
+                        break Some(chore);
                     }
                     if self.may_end() {
                         return;
                     }
+                    let look_again = self.space_interval().saturating_sub(space_at.elapsed());
+                    if look_again.is_zero() {
+                        break None;
+                    }
                     let next = chores.marks.front().filter(|_| !stopped);
-                    let wait = next.map(|(due, _)| (*due).max(next_mark_at).saturating_duration_since(Instant::now()));
-                    chores = match wait {
-                        Some(wait) => {
-                            self.chores_ready.wait_timeout(chores, wait).unwrap_or_else(PoisonError::into_inner).0
-                        }
-                        None => self.chores_ready.wait(chores).unwrap_or_else(PoisonError::into_inner),
-                    };
+                    let due = next.map(|(due, _)| (*due).max(next_mark_at).saturating_duration_since(Instant::now()));
+                    let wait = due.map_or(look_again, |due| due.min(look_again));
+                    chores = self.chores_ready.wait_timeout(chores, wait).unwrap_or_else(PoisonError::into_inner).0;
                 }
             };
+            let Some(chore) = chore else { continue };
             match chore {
                 Chore::Checkpoint(core, write) => checkpoint::perform(&core, write),
                 Chore::Index(core, segment) => index::save(&core, &segment),
@@ -484,9 +511,14 @@ impl Engine {
         }
     }
 
+    fn space_interval(&self) -> Duration {
+        let busy = self.space.is_stale() || self.space().state != SpaceState::Enough;
+        if busy { space::BUSY_INTERVAL } else { space::IDLE_INTERVAL }
+    }
+
     fn fill(&self, core: &LogCore, segment: &Segment, next_fill_at: &mut Instant) {
         let now = Instant::now();
-        if now < *next_fill_at || core.lock().poisoned.is_some() {
+        if now < *next_fill_at || core.lock().poisoned.is_some() || self.space().state != SpaceState::Enough {
             return;
         }
         match segment.fill(self.options.fill_size) {

@@ -17,6 +17,7 @@ use crate::log::{LogCore, OnFlushed, State};
 use crate::metrics;
 use crate::position::{LogPosition, index_after};
 use crate::segment::Segment;
+use crate::space::SpaceState;
 
 /// Logs whose groups are larger than this of late are not filled ahead: what the sync of a growing
 /// file costs more is less than writing every byte twice.
@@ -328,7 +329,9 @@ impl LogCore {
         let mut io = self.lock_io();
         let base = segment.header.base_index;
         let mark = Mark { next_index: base.0, chain: segment.header.chain, ..io.next_mark(&self.lock()) };
-        segment.create(engine.disk.as_ref(), &mark, engine.options.fill_size)?;
+        let fill_size = if engine.space().state == SpaceState::Enough { engine.options.fill_size } else { 0 };
+        segment.create(engine.disk.as_ref(), &mark, fill_size)?;
+        engine.refresh_space();
         io.mark = mark;
         io.unsynced_since = None;
         if let Some(before) = io.marked.replace(Arc::clone(segment)) {

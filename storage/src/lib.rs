@@ -22,7 +22,7 @@
 //!   read.rs      reads                      engine.rs    the threads that do it
 //!   recent.rs    entries in memory          turn.rs      a round on the thread that appends
 //!   segment.rs   one file                   layout.rs    its bytes
-//!   index.rs     where to enter a segment
+//!   index.rs     where to enter a segment  space.rs    what the disk still takes
 //!   disk.rs      what is needed of a disk: real, in memory, faulty
 //! ```
 //!
@@ -49,6 +49,7 @@ mod read;
 mod recent;
 mod recovery;
 mod segment;
+mod space;
 mod store;
 mod turn;
 
@@ -56,7 +57,7 @@ pub use checkpoint::CheckpointKind;
 pub use disk::faulty::{FaultyDisk, Operation};
 pub use disk::memory::MemoryDisk;
 pub use disk::real::RealDisk;
-pub use disk::{BLOCK_SIZE, BlockFile, Disk, File};
+pub use disk::{BLOCK_SIZE, BlockFile, Disk, DiskSpace, File};
 pub use error::{Error, OpenError, ReadError};
 pub use inspect::{BatchInspection, Inspection, LogInspection, SegmentInspection, inspect, inspect_on};
 pub use log::{Log, OnFlushed};
@@ -64,5 +65,6 @@ pub use metrics::{Histogram, Metrics};
 pub use options::{Backend, Identity, Options};
 pub use position::LogPosition;
 pub use recovery::{Cut, Recovery};
+pub use space::{Space, SpaceState};
 pub use store::Store;
 pub use turn::Turn;

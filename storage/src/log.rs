@@ -18,6 +18,7 @@ use crate::metrics;
 use crate::position::{LogPosition, index_after};
 use crate::recent::{Recent, RecentEntries};
 use crate::segment::{Segment, SegmentState};
+use crate::space::Space;
 use crate::store::StoreHold;
 use crate::turn::{TURN_REST_MIN, TURN_SIZE_MAX, Turn};
 
@@ -285,6 +286,12 @@ impl Log {
     #[must_use]
     pub fn store_written_size(&self) -> u64 {
         self.core.engine.metrics.written_size.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// What the disk of the store still takes; see [`Store::space`](crate::Store::space).
+    #[must_use]
+    pub fn store_space(&self) -> Space {
+        self.core.engine.space()
     }
 
     /// Offset of the first record retained, or of the next one when none is.

@@ -51,6 +51,12 @@ pub struct Options {
     pub fill_size: u64,
     /// Zeroes written ahead per second, over all logs; beyond it appends extend their file.
     pub fill_rate_max: u64,
+    /// Below this much free on the disk, or [`Self::reserve_percent_max`] of it if that is less, the
+    /// store is [`Low`](crate::SpaceState::Low), and [`Full`](crate::SpaceState::Full) below a quarter of
+    /// that. 0: never.
+    pub reserve_size_max: u64,
+    /// See [`Self::reserve_size_max`]; in percent of the disk.
+    pub reserve_percent_max: u64,
     /// Within about this time the durable mark is synced.
     pub mark_delay_ms: u64,
     /// Threads that write, sync and create files.
@@ -74,6 +80,8 @@ impl Default for Options {
             flush_size_max: 8 << 20,
             fill_size: 256 << 10,
             fill_rate_max: 512 << 20,
+            reserve_size_max: limits::DISK_RESERVE_SIZE_MAX,
+            reserve_percent_max: limits::DISK_RESERVE_PERCENT_MAX,
             mark_delay_ms: 100,
             thread_count: 4,
         }

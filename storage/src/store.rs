@@ -25,6 +25,7 @@ use crate::log::{Log, LogCore, wait};
 use crate::metrics::Metrics;
 use crate::options::{Identity, Options};
 use crate::recovery::{Recovery, recover};
+use crate::space::Space;
 
 /// Largest identity file, in bytes.
 const IDENTITY_SIZE_MAX: usize = 64 << 10;
@@ -152,6 +153,12 @@ impl Store {
     #[must_use]
     pub fn backend_name(&self) -> &'static str {
         self.hold.engine.backend_name()
+    }
+
+    /// What the disk still takes. Cheap: a few loads.
+    #[must_use]
+    pub fn space(&self) -> Space {
+        self.hold.engine.space()
     }
 
     /// Counters of all logs together.

@@ -3,12 +3,15 @@
 use std::{collections::HashMap, collections::VecDeque, io, sync::Arc, time::Duration};
 
 use arqon_proto::{
-    Batch, GroupId, NodeId, limits,
+    Batch, BatchKind, GroupId, NodeId, limits,
     wire::{self, PeerFrame, peer_error::Code, peer_frame::Body as Message},
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use openraft::raft::{AppendEntriesRequest, StreamAppendError};
+use openraft::{
+    EntryPayload,
+    raft::{AppendEntriesRequest, StreamAppendError},
+};
 use tokio::{
     net::TcpStream,
     sync::{Semaphore, mpsc},
@@ -84,7 +87,8 @@ async fn write_answers(
 
 struct Session {
     id: u64,
-    requests: mpsc::Sender<(u64, AppendEntriesRequest<TypeConfig>)>,
+    /// `None`: it ended because the disk is full, and all of it that follows is refused.
+    requests: Option<mpsc::Sender<(u64, AppendEntriesRequest<TypeConfig>)>>,
 }
 
 struct Connection {
@@ -102,6 +106,21 @@ fn malformed(what: &'static str) -> io::Error {
 
 fn refusal(code: Code, message: impl Into<String>) -> Message {
     Message::Error(wire::PeerError { code: code.into(), message: message.into() })
+}
+
+/// The answer to an append that the disk should not take. openraft never sees it, and its leader
+/// tries again later.
+fn storage_full(host: &HostInner, append: &AppendEntriesRequest<TypeConfig>) -> Option<Message> {
+    if append.entries.is_empty() {
+        return None;
+    }
+    let have_data = append.entries.iter().any(|entry| match &entry.payload {
+        EntryPayload::Normal(batch) => batch.header.kind == BatchKind::Data,
+        EntryPayload::Blank | EntryPayload::Membership(_) => false,
+    });
+    let space = host.space();
+    let text = || format!("node {} has {} bytes of disk left and takes no more data", host.node, space.free_size);
+    (!space.takes_entries(have_data)).then(|| refusal(Code::StorageFull, text()))
 }
 
 async fn reply(answers: &Answers, request_id: u64, message: Message, body: Body) {
@@ -149,10 +168,19 @@ impl Connection {
             };
             let (requests, queue) = mpsc::channel(SESSION_DEPTH_MAX);
             tokio::spawn(run_session(raft, queue, self.answers.clone()));
-            self.sessions.insert(group, Session { id: session, requests });
+            self.sessions.insert(group, Session { id: session, requests: Some(requests) });
         }
-        let Some(running) = self.sessions.get(&group) else { return Ok(()) };
-        if running.requests.send((request_id, request)).await.is_err() {
+        let Some(running) = self.sessions.get_mut(&group) else { return Ok(()) };
+        let full = storage_full(&self.host, &request);
+        if full.is_some() {
+            running.requests = None;
+        }
+        let Some(requests) = &running.requests else {
+            let message = full.unwrap_or_else(|| refusal(Code::StorageFull, "an earlier append met a full disk"));
+            reply(&self.answers, request_id, message, Body::EMPTY).await;
+            return Ok(());
+        };
+        if requests.send((request_id, request)).await.is_err() {
             // The session ended with an error that its leader has been told or is about to be.
             reply(&self.answers, request_id, refusal(Code::Stopped, "append session is over"), Body::EMPTY).await;
         }
@@ -250,7 +278,10 @@ async fn handle(
     };
     let answer = match message {
         Message::Append(append) => match append_request(&append, body) {
-            Ok(request) => rpc::append(&raft, request).await,
+            Ok(request) => match storage_full(host, &request) {
+                Some(full) => Ok(full),
+                None => rpc::append(&raft, request).await,
+            },
             Err(error) => Err(error.to_string()),
         },
         Message::Vote(request) => rpc::vote(&raft, request, false).await,

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-use super::{BlockFile, Disk, File};
+use super::{BlockFile, Disk, DiskSpace, File};
 
 /// The operations that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,7 @@ struct Plan {
     counts: [AtomicU64; 5],
     fault: Mutex<Option<(Operation, u64, io::ErrorKind)>>,
     failed_count: AtomicU64,
+    space: Mutex<Option<DiskSpace>>,
 }
 
 impl Plan {
@@ -67,6 +68,11 @@ impl FaultyDisk {
     /// Nothing fails any more.
     pub fn heal(&self) {
         *self.plan.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// What the disk says of its space from now on; `None`: the truth. Writes go on all the same.
+    pub fn set_space(&self, space: Option<DiskSpace>) {
+        *self.plan.space.lock().unwrap_or_else(PoisonError::into_inner) = space;
     }
 
     /// How many operations were made to fail: the proof that a fault took place.
@@ -130,6 +136,11 @@ impl Disk for FaultyDisk {
     fn sync_dir(&self, path: &str) -> io::Result<()> {
         self.plan.check(Operation::SyncDir)?;
         self.disk.sync_dir(path)
+    }
+
+    fn space(&self) -> io::Result<DiskSpace> {
+        let said = *self.plan.space.lock().unwrap_or_else(PoisonError::into_inner);
+        said.map_or_else(|| self.disk.space(), Ok)
     }
 
     fn list(&self, path: &str) -> io::Result<Vec<String>> {

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use bytes::Bytes;
 
-use super::{BLOCK_SIZE, BlockFile, Disk, File, blocks};
+use super::{BLOCK_SIZE, BlockFile, Disk, DiskSpace, File, blocks};
 
 const SECTOR_SIZE: usize = 512;
 
@@ -83,6 +83,8 @@ struct Contents {
     power_off_at: Option<u64>,
     /// Raised by a cut: handles of before it fail.
     life: u64,
+    /// Bytes that all files together may have.
+    capacity: Option<u64>,
 }
 
 /// A disk in memory; clones share it. Every handle has one life, which ends with a cut.
@@ -164,6 +166,12 @@ impl MemoryDisk {
     /// From change number `count` on, every operation fails and changes nothing.
     pub fn power_off_at(&self, count: u64) {
         self.lock_contents().power_off_at = Some(count);
+    }
+
+    /// Bounds the bytes of all files together, from now on; `None`: no bound. A write that would
+    /// pass it fails with `StorageFull` and changes nothing.
+    pub fn set_capacity(&self, capacity: Option<u64>) {
+        self.lock_contents().capacity = capacity;
     }
 
     /// Cuts the power and turns it on again: returns the disk as the seed says it was found.
@@ -268,6 +276,23 @@ fn split(path: &str) -> (&str, &str) {
 }
 
 impl Contents {
+    /// Bytes of the files that have a name.
+    fn used_size(&self) -> u64 {
+        let nodes = self.dirs.iter().flat_map(|dir| dir.now.values());
+        let files = nodes.filter_map(|node| if let Node::File(file) = node { Some(*file) } else { None });
+        files.map(|file| self.files[file].now.len() as u64).sum()
+    }
+
+    /// Whether a file may grow to `end`.
+    fn check_room(&self, file: usize, end: u64) -> io::Result<()> {
+        let Some(capacity) = self.capacity else { return Ok(()) };
+        let grows = end.saturating_sub(self.files[file].now.len() as u64);
+        if grows > 0 && self.used_size() + grows > capacity {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
+    }
+
     fn check(&self, life: u64) -> io::Result<()> {
         if life != self.life || self.power_off_at.is_some_and(|at| self.operation_count >= at) {
             return Err(power_is_off());
@@ -386,6 +411,16 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
+    fn space(&self) -> io::Result<DiskSpace> {
+        let contents = self.lock_contents();
+        contents.check(self.life)?;
+        let space = |total_size: u64| {
+            let free_size = total_size.saturating_sub(contents.used_size());
+            DiskSpace { free_size, total_size }
+        };
+        Ok(contents.capacity.map_or(DiskSpace::UNLIMITED, space))
+    }
+
     fn list(&self, path: &str) -> io::Result<Vec<String>> {
         let contents = self.lock_contents();
         contents.check(self.life)?;
@@ -403,6 +438,7 @@ impl File for MemoryFile {
     fn write_at(&self, pieces: &[Bytes], at: u64) -> io::Result<()> {
         let bytes = pieces.concat();
         let mut contents = self.disk.change()?;
+        contents.check_room(self.file, at + bytes.len() as u64)?;
         contents.files[self.file].write(at, bytes, WriteKind::Cached);
         Ok(())
     }
@@ -452,6 +488,7 @@ impl BlockFile for MemoryFile {
         assert!(size.is_multiple_of(BLOCK_SIZE) && at.is_multiple_of(BLOCK_SIZE as u64), "whole blocks only");
         assert!((blocks.as_ptr() as usize).is_multiple_of(BLOCK_SIZE), "blocks are aligned in memory");
         let mut contents = self.disk.change()?;
+        contents.check_room(self.file, end)?;
         let file = &mut contents.files[self.file];
         let dirty = file.unsynced.iter().filter(|write| write.kind == WriteKind::Cached);
         let mut overlaps = dirty.map(|write| write.at < end && at < write.at + write.bytes.len() as u64);

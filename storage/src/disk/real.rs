@@ -13,10 +13,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
-use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags, flock, fstatfs, statx};
+use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags, flock, fstatfs, statvfs, statx};
 
 use super::blocks::{self, READ_SIZE_MAX, ReadBuffer};
-use super::{BLOCK_SIZE, BlockFile, Disk, File};
+use super::{BLOCK_SIZE, BlockFile, Disk, DiskSpace, File};
 
 /// Slices that one pwritev takes.
 const SLICE_COUNT_MAX: usize = 512;
@@ -136,6 +136,12 @@ impl Disk for RealDisk {
 
     fn sync_dir(&self, path: &str) -> io::Result<()> {
         fs::File::open(self.root.join(path))?.sync_all()
+    }
+
+    fn space(&self) -> io::Result<DiskSpace> {
+        let status = statvfs(&self.root)?;
+        let size = |block_count: u64| block_count.saturating_mul(status.f_frsize);
+        Ok(DiskSpace { free_size: size(status.f_bavail), total_size: size(status.f_blocks) })
     }
 
     fn list(&self, path: &str) -> io::Result<Vec<String>> {

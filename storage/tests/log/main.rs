@@ -8,5 +8,6 @@ mod damage;
 mod index;
 mod many;
 mod model;
+mod space;
 mod support;
 mod turn;
