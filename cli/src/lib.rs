@@ -32,6 +32,7 @@ mod serve;
 mod signals;
 mod token;
 mod topic;
+mod topic_change;
 mod up;
 mod work;
 

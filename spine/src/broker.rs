@@ -41,6 +41,7 @@ use crate::{
     operators::Operators,
     partition::{Ahead, Partition, Services},
     replicas::Replicas,
+    topics::{STATUS_KIND, TRIM_KIND},
 };
 
 const PRODUCE_KIND: &str = "produce";
@@ -272,7 +273,7 @@ impl Broker {
 
     // Until every partition of the topic and of those made with it has a leader, and every
     // node that answers knows the topic, so that clients may go to any of them.
-    async fn wait_for_leaders(&self, tenant: &str, name: &str) {
+    pub(crate) async fn wait_for_leaders(&self, tenant: &str, name: &str) {
         let mut delay = LEADERS_POLL_DELAY;
         loop {
             let published = self.metadata.published();
@@ -415,6 +416,8 @@ impl Broker {
             TRANSFER_KIND => self.handle_transfer(&body).await,
             REPORT_KIND => Ok(self.report().encode_to_vec().into()),
             PRODUCE_KIND => self.handle_produce(body).await,
+            STATUS_KIND => self.handle_status(body),
+            TRIM_KIND => self.handle_trim(body).await,
             other => Err(format!("this node does not know requests of the kind {other:?}")),
         }
     }
@@ -592,6 +595,14 @@ impl Services for BrokerServices {
 
     fn ahead(&self) -> &Ahead {
         &self.ahead
+    }
+
+    fn storage_refusal(&self, _nodes: &[NodeId]) -> Option<String> {
+        None
+    }
+
+    fn clock_is_sound(&self) -> bool {
+        true
     }
 }
 

@@ -36,6 +36,7 @@ mod session;
 mod slow;
 mod state;
 mod tls;
+mod topics;
 
 pub use config::{
     Auth, AuthKey, Backend, CLUSTER_SECRET_SIZE_MIN, Config, ConfigError, Listen, ListenAddresses, Log, Peer, Secret,

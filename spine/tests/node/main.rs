@@ -6,3 +6,4 @@ mod one_node;
 mod support;
 mod three_nodes;
 mod tls;
+mod topics;
