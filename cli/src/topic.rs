@@ -5,6 +5,7 @@ use std::time::Duration;
 use arqon_proto::wire;
 use serde_json::{Value, json};
 
+use crate::backup::{self, BackupArgs, RestoreArgs};
 use crate::connect::ConnectControl;
 use crate::topic_change::{self, AlterArgs, TrimArgs};
 use crate::{Failure, output};
@@ -29,6 +30,12 @@ pub enum TopicCommand {
         after_help = "Examples: arqon topic trim demo.events --before-time 36h\n          arqon topic trim demo.events --partition 0 --before 120000"
     )]
     Trim(TrimArgs),
+    /// Copy a topic's events into a directory
+    #[command(after_help = "Example: arqon topic backup demo.events --out ./demo.events-backup")]
+    Backup(BackupArgs),
+    /// Make a topic of a backup; an interrupted restore is run again
+    #[command(after_help = "Example: arqon topic restore ./demo.events-backup --as demo.restored")]
+    Restore(RestoreArgs),
     /// Delete a topic and all its events
     #[command(after_help = "Example: arqon topic delete demo.jobs")]
     Delete(NameArgs),
@@ -104,6 +111,8 @@ pub async fn topic(command: TopicCommand) -> Result<(), Failure> {
         TopicCommand::Describe(args) => describe(args).await,
         TopicCommand::Alter(args) => topic_change::alter(args).await,
         TopicCommand::Trim(args) => topic_change::trim(args).await,
+        TopicCommand::Backup(args) => backup::backup(args).await,
+        TopicCommand::Restore(args) => backup::restore(args).await,
         TopicCommand::Delete(args) => delete(args).await,
     }
 }

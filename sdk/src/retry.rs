@@ -23,6 +23,7 @@ pub(crate) enum Verdict {
 /// | error | verdict |
 /// |---|---|
 /// | no server reached, `NOT_LEADER`, `OVERLOADED`, `RATE_LIMIT_EXCEEDED` | not done |
+/// | `TOPIC_FULL`, `STORAGE_FULL`: somebody may make room within the request's time | not done |
 /// | connection lost, no answer in time, `UNKNOWN_OUTCOME` | unclear |
 /// | anything else | final |
 pub(crate) fn judge(error: &Error) -> Verdict {
@@ -30,7 +31,11 @@ pub(crate) fn judge(error: &Error) -> Verdict {
         Error::Unreachable { .. } => Verdict::NotDone,
         Error::Lost { .. } | Error::TimedOut { .. } => Verdict::Unclear,
         Error::Server { code, .. } => match code {
-            ErrorCode::NotLeader | ErrorCode::Overloaded | ErrorCode::RateLimitExceeded => Verdict::NotDone,
+            ErrorCode::NotLeader
+            | ErrorCode::Overloaded
+            | ErrorCode::RateLimitExceeded
+            | ErrorCode::TopicFull
+            | ErrorCode::StorageFull => Verdict::NotDone,
             ErrorCode::UnknownOutcome => Verdict::Unclear,
             _ => Verdict::Final,
         },

@@ -32,8 +32,8 @@ use tokio::{
 use wire::{ErrorCode, frame::Body};
 
 use crate::{
-    clock,
     error::{error, not_found, not_leader, starting},
+    health::{HEALTH_KIND, Health},
     join::{REJOIN_KIND, WHO_KIND, WHO_LEADER_KIND},
     members::{LostReplica, Progress, TRANSFER_KIND},
     metadata::{COMMITTED_KIND, FORWARD_KIND as METADATA_KIND, MetadataGroup, MetadataState, Topic, wanted_replicas},
@@ -101,6 +101,7 @@ pub(crate) struct Broker {
     pub replicas: Arc<Replicas>,
     pub operators: Operators,
     pub verifier: Verifier,
+    pub health: Arc<Health>,
     pub metrics: Arc<Metrics>,
     pub stopping: watch::Sender<bool>,
     /// Leaders of groups without a replica here, as other nodes told.
@@ -118,7 +119,7 @@ impl Broker {
     /// AUTHENTICATION_FAILED, saying why but not repeating the token.
     pub(crate) fn authenticate(&self, token: &str) -> Result<Session, wire::Error> {
         self.verifier
-            .verify(token, clock::now_seconds())
+            .verify(token, self.health.now_seconds())
             .map_err(|refused| error(ErrorCode::AuthenticationFailed, refused.to_string()))
     }
 
@@ -300,7 +301,7 @@ impl Broker {
     }
 
     fn problems(&self) -> Vec<String> {
-        let mut problems = self.replicas.problems();
+        let mut problems = [self.replicas.problems(), self.health.problems()].concat();
         if self.slow.load(Ordering::Relaxed) {
             problems.push("the disk takes over 500 ms for a flush; other nodes lead".to_owned());
         }
@@ -394,7 +395,7 @@ impl Broker {
         placements
             .filter_map(|placement| {
                 let heir = NodeId(wanted_replicas(placement).first()?.node);
-                if heir == self.node || !is_settled(heir) {
+                if heir == self.node || !is_settled(heir) || !self.health.may_lead(heir) {
                     return None;
                 }
                 let partition = self.replicas.get(GroupId(placement.group))?;
@@ -416,6 +417,7 @@ impl Broker {
             TRANSFER_KIND => self.handle_transfer(&body).await,
             REPORT_KIND => Ok(self.report().encode_to_vec().into()),
             PRODUCE_KIND => self.handle_produce(body).await,
+            HEALTH_KIND => Ok(self.health.pulse().encode_to_vec().into()),
             STATUS_KIND => self.handle_status(body),
             TRIM_KIND => self.handle_trim(body).await,
             other => Err(format!("this node does not know requests of the kind {other:?}")),
@@ -551,12 +553,13 @@ fn decode_produce(mut body: Bytes) -> Result<(String, wire::Produce, Batch), arq
 /// The broker as its partitions see it. Weak: the broker holds the partitions.
 pub(crate) struct BrokerServices {
     broker: Weak<Broker>,
+    health: Arc<Health>,
     ahead: Ahead,
 }
 
 impl BrokerServices {
-    pub(crate) fn new(broker: Weak<Broker>, ahead: Ahead) -> Self {
-        Self { broker, ahead }
+    pub(crate) fn new(broker: &Arc<Broker>, ahead: Ahead) -> Self {
+        Self { broker: Arc::downgrade(broker), health: broker.health.clone(), ahead }
     }
 }
 
@@ -590,19 +593,19 @@ impl Services for BrokerServices {
     }
 
     fn now_ms(&self) -> u64 {
-        clock::now_ms()
+        self.health.now_ms()
     }
 
     fn ahead(&self) -> &Ahead {
         &self.ahead
     }
 
-    fn storage_refusal(&self, _nodes: &[NodeId]) -> Option<String> {
-        None
+    fn storage_refusal(&self, nodes: &[NodeId]) -> Option<String> {
+        self.health.storage_refusal(nodes)
     }
 
     fn clock_is_sound(&self) -> bool {
-        true
+        !self.health.is_clock_off()
     }
 }
 

@@ -23,6 +23,7 @@ mod clock;
 mod config;
 mod control;
 mod error;
+mod health;
 mod join;
 mod members;
 mod metadata;
@@ -38,6 +39,7 @@ mod state;
 mod tls;
 mod topics;
 
+pub use clock::Clock;
 pub use config::{
     Auth, AuthKey, Backend, CLUSTER_SECRET_SIZE_MIN, Config, ConfigError, Listen, ListenAddresses, Log, Peer, Secret,
     Storage,

@@ -37,7 +37,8 @@ impl Broker {
         let mut statuses = self.led_statuses(&groups);
         let request = Bytes::from(wire::StatusRequest { groups }.encode_to_vec());
         let holds = |node: &NodeId| topic.partitions.iter().any(|at| at.replicas.iter().any(|at| at.node == node.0));
-        let others = self.nodes.iter().map(|info| NodeId(info.node));
+        let nodes = self.nodes();
+        let others = nodes.iter().map(|info| NodeId(info.node));
         let others = others.filter(|node| *node != self.node && holds(node) && self.host.peer_reachable(*node));
         let asked = others.map(|node| {
             let asking = self.host.forward(node, STATUS_KIND, request.clone());

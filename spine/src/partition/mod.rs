@@ -222,7 +222,7 @@ impl Partition {
         let replica = &self.replica;
         let status = replica.group.status();
         let committed = replica.group.readable().borrow().next_offset;
-        let log = replica.group.log();
+        let (log, log_start) = (replica.group.log(), replica.log_start());
         let shared = replica.machine.lock();
         let queues = shared.state.queues().map(|(group, queue)| wire::QueueStatus {
             group: group.to_owned(),
@@ -233,7 +233,7 @@ impl Partition {
         });
         wire::PartitionStatus {
             partition: replica.partition.0,
-            log_start: log.log_start().0,
+            log_start: log_start.0,
             log_end: log.next_offset().0,
             committed: committed.0,
             term: status.term.0,

@@ -76,8 +76,7 @@ impl Partition {
         let term = replica.require_leader()?;
         let before = replica.trim_offset(before)?;
         let log = replica.group.log();
-        let known = (*replica.machine.log_start().borrow()).map_or(Offset(0), |start| Offset(start.offset));
-        let log_start = log.log_start().max(known);
+        let log_start = replica.log_start();
         // A size limit of nothing: all segments that end at or before the offset.
         let point = log.retention_point(0, None, Some(0), before).filter(|(_, offset)| *offset > log_start);
         let Some((position, offset)) = point.filter(|_| !only_check) else { return Ok(log_start) };
@@ -90,6 +89,13 @@ impl Partition {
 }
 
 impl Replica {
+    /// First offset that is kept. Segments go a little after the entry that says so is applied, later
+    /// on some replicas than on others; what is told never goes back with another leader.
+    pub(super) fn log_start(&self) -> Offset {
+        let told = (*self.machine.log_start().borrow()).map_or(Offset(0), |start| Offset(start.offset));
+        self.group.log().log_start().max(told)
+    }
+
     fn trim_offset(&self, before: TrimBefore) -> Result<Offset, wire::Error> {
         let readable = *self.group.readable().borrow();
         let before = match (before, readable.index) {
@@ -113,7 +119,7 @@ impl Replica {
         }
     }
 
-    async fn propose_log_start(&self, submissions: &mpsc::WeakSender<Submission>) {
+    pub(super) async fn propose_log_start(&self, submissions: &mpsc::WeakSender<Submission>) {
         let (Some(term), Some(submissions)) = (self.leading_term(), submissions.upgrade()) else { return };
         let limit = |value: u64| (value > 0).then_some(value);
         let settings = self.settings();

@@ -1,5 +1,6 @@
 //! Whole nodes in this process: real ports, real disks, raw frames.
 
+mod clocks;
 mod greedy;
 mod members;
 mod one_node;

@@ -31,7 +31,11 @@ async fn status(cluster: &Cluster, ask: usize, topic: &str) -> wire::PartitionSt
 
 /// Writes `count` events that do not compress, one a batch, to a partition.
 async fn fill(cluster: &Cluster, topic: &str, partition: usize, count: u64) {
-    let leader = cluster.leader_of(0, topic, partition).await;
+    fill_from(cluster, 0, topic, partition, count).await;
+}
+
+async fn fill_from(cluster: &Cluster, ask: usize, topic: &str, partition: usize, count: u64) {
+    let leader = cluster.leader_of(ask, topic, partition).await;
     let mut client = cluster.connect(leader, &cluster.admin()).await;
     let mut random = StdRng::seed_from_u64(7);
     for _ in 0..count {
@@ -97,60 +101,91 @@ async fn a_new_size_limit_acts_on_the_running_partition() {
     cluster.shutdown().await;
 }
 
-/// The story: an operator drops old events of a topic that is in use; a follower is away
-/// meanwhile. What is dropped is gone everywhere, for good, and nothing else is.
+/// Reads a node's own replica from `start` to `end`: every record, and none before.
+async fn check_replica(cluster: &Cluster, node: usize, topic: &str, start: u64, end: u64) {
+    let mut client = cluster.connect(node, &cluster.admin()).await;
+    until("the replica is trimmed and has caught up", async || {
+        let fetch = wire::Fetch { any_replica: true, ..fetch_from(topic, end - 1) };
+        match client.request(Body::Fetch(fetch), &[]).await {
+            Ok((Body::Fetched(fetched), _)) => fetched.log_start == start && fetched.committed == end,
+            _ => false,
+        }
+    })
+    .await;
+    let gone = wire::Fetch { any_replica: true, ..fetch_from(topic, start - 1) };
+    let refused = client.request(Body::Fetch(gone), &[]).await.unwrap_err();
+    assert_eq!((refused.code(), refused.log_start), (ErrorCode::OffsetOutOfRange, start));
+    let mut next = start;
+    while next < end {
+        let fetch = wire::Fetch { any_replica: true, ..fetch_from(topic, next) };
+        let (_, mut body) = client.request(Body::Fetch(fetch), &[]).await.unwrap();
+        assert!(!body.is_empty(), "record {next} of {topic} is on node {node}");
+        while !body.is_empty() {
+            let header = arqon_proto::Batch::split_from(&mut body).unwrap().header;
+            assert_eq!(header.base_offset.0, next);
+            next = header.next_offset().0;
+        }
+    }
+}
+
+/// The story: an operator drops old events of topics that are in use. A node is away meanwhile: of
+/// one topic it lacks all that is kept, of the other it has most. What is dropped is gone
+/// everywhere and for good, whoever leads, and nothing else is.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trim_ends_at_a_segment_boundary_on_all_replicas_and_lasts() {
     let mut cluster = Cluster::start(3).await;
-    cluster.create(0, "a.events", 1).await.unwrap();
-    fill(&cluster, "a.events", 0, 30).await;
-    let leader = cluster.leader_of(0, "a.events", 0).await;
-    let away = (leader + 1) % 3;
-    let ask = (leader + 2) % 3;
+    for (topic, count) in [("far.events", 3), ("near.events", 35)] {
+        cluster.create(0, topic, 1).await.unwrap();
+        fill(&cluster, topic, 0, count).await;
+    }
+    let away = (cluster.leader_of(0, "far.events", 0).await + 1) % 3;
+    for topic in ["far.events", "near.events"] {
+        until("the node that leaves has it all", async || {
+            let mut client = cluster.connect(away, &cluster.admin()).await;
+            let fetch = wire::Fetch { any_replica: true, ..fetch_from(topic, 2) };
+            client.request(Body::Fetch(fetch), &[]).await.is_ok_and(|(_, body)| !body.is_empty())
+        })
+        .await;
+    }
     cluster.stop(away).await;
-    let request =
-        |before| wire::TrimTopicRequest { topic: "a.events".into(), partition: Some(0), before: Some(before) };
-    let starts = trim(&cluster, ask, request(Before::BeforeOffset(25))).await.unwrap();
-    let start = starts[0];
-    assert!(start > 0 && start <= 25, "{start}");
-    assert_eq!(status(&cluster, ask, "a.events").await.log_start, start);
-    // Asking for less changes nothing, and asking for more than there is is an error.
-    assert_eq!(trim(&cluster, ask, request(Before::BeforeOffset(1))).await.unwrap(), [start]);
-    refusal(trim(&cluster, ask, request(Before::BeforeOffset(31))).await, tonic::Code::OutOfRange, "ends at offset 30");
-    let no_partition = wire::TrimTopicRequest { partition: None, ..request(Before::BeforeOffset(1)) };
+    let ask = (away + 1) % 3;
+    let request = |topic: &str, before| wire::TrimTopicRequest {
+        topic: topic.into(),
+        partition: Some(0),
+        before: Some(Before::BeforeOffset(before)),
+    };
+    let mut starts = Vec::new();
+    for (topic, count) in [("far.events", 37), ("near.events", 5)] {
+        fill_from(&cluster, ask, topic, 0, count).await;
+        let start = trim(&cluster, ask, request(topic, 30)).await.unwrap()[0];
+        assert!(start > 3 && start <= 30, "{topic}: {start}");
+        assert_eq!(status(&cluster, ask, topic).await.log_start, start);
+        // Asking for less changes nothing, and asking for more than there is is an error.
+        assert_eq!(trim(&cluster, ask, request(topic, 1)).await.unwrap(), [start]);
+        let beyond = trim(&cluster, ask, request(topic, 41)).await;
+        refusal(beyond, tonic::Code::OutOfRange, "ends at offset 40");
+        starts.push((topic, start));
+    }
+    let no_partition = wire::TrimTopicRequest { partition: None, ..request("far.events", 1) };
     refusal(trim(&cluster, ask, no_partition).await, tonic::Code::InvalidArgument, "say which");
     cluster.restart(away).await;
     cluster.wait_ready().await;
-    // Another leader, and the one that was away: the same start, and every record from there on.
+    for (topic, start) in &starts {
+        for node in 0..3 {
+            check_replica(&cluster, node, topic, *start, 40).await;
+        }
+    }
+    // Another leader of each: the same start.
+    let leader = cluster.leader_of(ask, "far.events", 0).await;
     cluster.stop(leader).await;
-    for node in [away, ask] {
-        let mut client = cluster.connect(node, &cluster.admin()).await;
-        until("the start is the same here", async || {
-            let earliest = wire::ListOffsets {
-                topic: "a.events".into(),
-                any_replica: true,
-                at: Some(wire::list_offsets::At::Earliest(true)),
-                ..Default::default()
-            };
-            match client.request(Body::ListOffsets(earliest), &[]).await {
-                Ok((Body::OffsetsListed(listed), _)) => listed.offset == start,
-                _ => false,
-            }
+    let left = (0..3).find(|node| *node != leader).unwrap();
+    for (topic, start) in &starts {
+        until("a leader answers", async || {
+            let request = authorized(wire::DescribeTopic { topic: (*topic).into() }, &cluster.admin());
+            let answer = cluster.control(left).await.describe_topic(request).await.unwrap().into_inner();
+            answer.leaders.iter().any(|status| status.log_start == *start && status.committed == 40)
         })
         .await;
-        let gone = wire::Fetch { any_replica: true, ..fetch_from("a.events", start - 1) };
-        assert_eq!(client.request(Body::Fetch(gone), &[]).await.unwrap_err().code(), ErrorCode::OffsetOutOfRange);
-        let mut next = start;
-        while next < 30 {
-            let fetch = wire::Fetch { any_replica: true, ..fetch_from("a.events", next) };
-            let (_, mut body) = client.request(Body::Fetch(fetch), &[]).await.unwrap();
-            assert!(!body.is_empty(), "record {next} is here");
-            while !body.is_empty() {
-                let header = arqon_proto::Batch::split_from(&mut body).unwrap().header;
-                assert_eq!(header.base_offset.0, next);
-                next = header.next_offset().0;
-            }
-        }
     }
     cluster.shutdown().await;
 }
@@ -177,7 +212,7 @@ async fn a_trim_by_time_takes_all_partitions_and_stops_before_what_a_queue_needs
         wait_ms: 10_000,
         ..Default::default()
     };
-    client.work(work).await.unwrap();
+    client.request(Body::Work(work), &[]).await.unwrap();
     // Partition 0 could go; but the answer is for all of them, and nothing has happened.
     refusal(trim(&cluster, 0, request.clone()).await, tonic::Code::InvalidArgument, "a.jobs/1 cannot be trimmed");
     refusal(trim(&cluster, 0, request.clone()).await, tonic::Code::InvalidArgument, "\"slow\"");
