@@ -222,8 +222,9 @@ impl Broker {
             self.health.take(self.ask_health().await);
             let is_off = self.health.is_clock_off();
             if is_off || was_off {
-                // Also those that were opened meanwhile.
-                self.groups().iter().for_each(|group| group.stand_for_election(!is_off));
+                // Also those that were opened meanwhile; but who is alone has nobody to leave it to.
+                let is_alone = |group: &Group| group.status().voters.len() <= 1;
+                self.groups().iter().for_each(|group| group.stand_for_election(!is_off || is_alone(group)));
             }
             was_off = is_off;
             if is_off {

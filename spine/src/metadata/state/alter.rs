@@ -30,7 +30,8 @@ impl MetadataState {
         if config.partitions > topic.config.partitions {
             let staying = self.nodes.iter().filter(|info| !info.leaving).count();
             if config.replication as usize > staying {
-                let problem = format!("{} replicas each need as many nodes that stay, there are {staying}", config.replication);
+                let problem =
+                    format!("{} replicas each need as many nodes that stay, there are {staying}", config.replication);
                 return Err(invalid("partitions", problem));
             }
             growing = self.growing_with(&config, command.empty)?;
