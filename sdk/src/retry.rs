@@ -93,6 +93,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_topic_or_disk_without_room_is_tried_again_and_a_wrong_request_is_not() {
+        let judged = |code: ErrorCode| judge(&wire::Error { code: code.into(), ..Default::default() }.into());
+        for code in [ErrorCode::TopicFull, ErrorCode::StorageFull, ErrorCode::Overloaded] {
+            assert_eq!(judged(code), Verdict::NotDone, "{code:?}");
+        }
+        assert_eq!(judged(ErrorCode::ValidationError), Verdict::Final);
+        assert_eq!(judged(ErrorCode::UnknownOutcome), Verdict::Unclear);
+    }
+
+    #[test]
     fn pauses_grow_to_their_limit_and_start_anew_after_success() {
         let mut options = Options::new(["a:1"], "t");
         options.backoff_min = Duration::from_millis(10);

@@ -21,7 +21,7 @@ use tonic::transport::Server;
 use crate::{
     admin,
     broker::{Broker, BrokerServices},
-    clock::{self, Clock},
+    clock::Clock,
     config::{Backend, Config, ConfigError, ListenAddresses},
     control,
     health::Health,
@@ -350,7 +350,7 @@ async fn follow_operators(broker: Arc<Broker>) {
         let past_end = *past_end.get_or_insert(fetched.committed);
         for batch in &batches {
             let is_past = batch.header.base_offset.0 < past_end;
-            let left = broker.operators.follow(batch, seen(batch.header.time_ms, is_past));
+            let left = broker.operators.follow(batch, seen(batch.header.time_ms, broker.health.now_ms(), is_past));
             take_leases_back(&broker, left).await;
             next = next.max(batch.header.next_offset().0);
         }
@@ -363,8 +363,8 @@ fn operators_partition(broker: &Broker) -> Option<Partition> {
     broker.replicas.get(topic.partitions.first()?.group.into())
 }
 
-fn seen(time_ms: u64, is_past: bool) -> Seen {
-    let age = if is_past { Duration::from_millis(clock::now_ms().saturating_sub(time_ms)) } else { Duration::ZERO };
+fn seen(time_ms: u64, now_ms: u64, is_past: bool) -> Seen {
+    let age = if is_past { Duration::from_millis(now_ms.saturating_sub(time_ms)) } else { Duration::ZERO };
     let now = Instant::now();
     // The clock may not reach back further than the machine has been up.
     Seen { at: now.checked_sub(age.min(operators::EXPIRY)).unwrap_or(now), is_fresh: age < operators::EXPIRY, time_ms }

@@ -63,6 +63,11 @@ pub(crate) async fn restore(args: RestoreArgs) -> Result<(), Failure> {
     let client = args.connect.client().await?;
     let target = Target { client: &client, name, producer_id: producer_id(&manifest, name) };
     make_topic(&args.connect, &manifest, name).await?;
+    let count = client.describe_topic(name).await?.partitions.len();
+    if count != manifest.partitions.len() {
+        let problem = format!("it exists with {count} partitions, and the backup has {}", manifest.partitions.len());
+        return Err(Failure::failed(format_args!("{problem}: choose another name with --as")).at(name));
+    }
     let records: u64 = manifest.partitions.iter().map(|file| file.records).sum();
     let writing = bar(records, "events");
     let mut written = 0;
