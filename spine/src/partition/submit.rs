@@ -90,7 +90,9 @@ impl Replica {
             // What is written already is still a duplicate: whoever repeats a batch must learn that.
             let check =
                 |state: &PartitionState, in_flight: &mut InFlight| in_flight.check(state, &batch.header, stamps);
-            self.with_in_flight(term, check).map_err(Unplaced::Refused)?;
+            if let Err(known @ (Refused::Duplicate(_) | Refused::InFlight)) = self.with_in_flight(term, check) {
+                return Err(Unplaced::Refused(known));
+            }
             return Err(Unplaced::Failed(refusal));
         }
         let admit = |state: &PartitionState, in_flight: &mut InFlight| {
