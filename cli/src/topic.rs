@@ -216,8 +216,8 @@ async fn describe(args: NameArgs) -> Result<(), Failure> {
         })
         .collect();
     output::table(&["PARTITION", "LEADER", "NODES", "START", "END", "BYTES", "QUEUES", "RETENTION HELD BY"], &rows)?;
-    let refusing = status.leaders.iter().filter(|status| !status.refuses.is_empty());
-    refusing.map(|status| output::line(&status.refuses)).collect()
+    let mut refusing = status.leaders.iter().filter(|status| !status.refuses.is_empty());
+    refusing.try_for_each(|status| output::line(&status.refuses))
 }
 
 async fn delete(args: NameArgs) -> Result<(), Failure> {

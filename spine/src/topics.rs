@@ -158,7 +158,7 @@ impl Broker {
         before: trim_request::Before,
         only_check: bool,
     ) -> Result<Vec<wire::TrimmedPartition>, wire::Error> {
-        let trims = partitions.to_vec().into_iter().map(|partition| async move {
+        let trims = partitions.iter().copied().map(|partition| async move {
             let place = || format!("{}/{partition}", topic.config.name);
             let placement = topic.partitions.get(partition as usize).ok_or_else(|| not_found("partition", &place()))?;
             let log_start = self.trim_led(placement, before, only_check).await?;
