@@ -89,6 +89,14 @@ async fn client_trusting(ca: Option<Vec<u8>>, servers: &str, token: &str) -> Res
 }
 
 impl ConnectControl {
+    /// Connects to the clients' side of the same servers.
+    ///
+    /// # Errors
+    /// As [`Connect::client`].
+    pub async fn client(&self) -> Result<Client, Failure> {
+        self.connect.client().await
+    }
+
     /// Connects to the control plane of the first node that can be reached.
     ///
     /// # Errors

@@ -11,6 +11,7 @@
 //! Standard output carries results alone, one JSON document (or one a line) with `--json`;
 //! errors are one line on standard error.
 
+mod backup;
 mod cluster;
 mod cluster_change;
 mod cluster_recover;
@@ -32,6 +33,7 @@ mod serve;
 mod signals;
 mod token;
 mod topic;
+mod topic_change;
 mod up;
 mod work;
 

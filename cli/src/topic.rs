@@ -1,11 +1,13 @@
-//! `arqon topic`: makes, lists, describes and deletes topics.
+//! `arqon topic`: makes, lists, describes and deletes topics; see also `topic_change`.
 
 use std::time::Duration;
 
 use arqon_proto::wire;
 use serde_json::{Value, json};
 
+use crate::backup::{self, BackupArgs, RestoreArgs};
 use crate::connect::ConnectControl;
+use crate::topic_change::{self, AlterArgs, TrimArgs};
 use crate::{Failure, output};
 
 /// What to do with topics.
@@ -20,6 +22,20 @@ pub enum TopicCommand {
     /// Show a topic, its partitions and its queues
     #[command(after_help = "Example: arqon topic describe demo.jobs")]
     Describe(NameArgs),
+    /// Change the settings of a topic
+    #[command(after_help = "Example: arqon topic alter demo.events --retention 30d --partitions 6")]
+    Alter(AlterArgs),
+    /// Drop old events: whole segments, so that the new start may lie before what is asked for
+    #[command(
+        after_help = "Examples: arqon topic trim demo.events --before-time 36h\n          arqon topic trim demo.events --partition 0 --before 120000"
+    )]
+    Trim(TrimArgs),
+    /// Copy a topic's events into a directory
+    #[command(after_help = "Example: arqon topic backup demo.events --out ./demo.events-backup")]
+    Backup(BackupArgs),
+    /// Make a topic of a backup; an interrupted restore is run again
+    #[command(after_help = "Example: arqon topic restore ./demo.events-backup --as demo.restored")]
+    Restore(RestoreArgs),
     /// Delete a topic and all its events
     #[command(after_help = "Example: arqon topic delete demo.jobs")]
     Delete(NameArgs),
@@ -79,6 +95,11 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}, as in 90s, 36h or 7d"))
 }
 
+/// Whole milliseconds, for the wire.
+pub(crate) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Does what the arguments say.
 ///
 /// # Errors
@@ -88,6 +109,10 @@ pub async fn topic(command: TopicCommand) -> Result<(), Failure> {
         TopicCommand::Create(args) => create(args).await,
         TopicCommand::List(args) => list(args).await,
         TopicCommand::Describe(args) => describe(args).await,
+        TopicCommand::Alter(args) => topic_change::alter(args).await,
+        TopicCommand::Trim(args) => topic_change::trim(args).await,
+        TopicCommand::Backup(args) => backup::backup(args).await,
+        TopicCommand::Restore(args) => backup::restore(args).await,
         TopicCommand::Delete(args) => delete(args).await,
     }
 }
@@ -106,7 +131,7 @@ async fn create(args: CreateArgs) -> Result<(), Failure> {
         name: args.topic,
         partitions: args.partitions,
         replication,
-        retention_ms: u64::try_from(args.retention.as_millis()).unwrap_or(u64::MAX),
+        retention_ms: millis(args.retention),
         retention_bytes: args.retention_bytes,
         attempts_max: args.attempts_max.unwrap_or(0),
         ..Default::default()
@@ -155,6 +180,7 @@ async fn describe(args: NameArgs) -> Result<(), Failure> {
     if args.json {
         let mut document = description(&topic);
         document["replicas_here"] = status.partitions.iter().map(partition_status).collect();
+        document["leaders"] = status.leaders.iter().map(partition_status).collect();
         return output::json(&document);
     }
     output::line(format_args!(
@@ -171,19 +197,27 @@ async fn describe(args: NameArgs) -> Result<(), Failure> {
         .partitions
         .iter()
         .map(|partition| {
-            let here = status.partitions.iter().find(|status| status.partition == partition.partition);
-            let here = |show: fn(&wire::PartitionStatus) -> String| here.map_or_else(|| "-".to_owned(), show);
+            // What only the leader knows, or else what the replica on the node asked knows.
+            let known = |statuses: &[wire::PartitionStatus]| {
+                statuses.iter().find(|status| status.partition == partition.partition).cloned()
+            };
+            let known = known(&status.leaders).or_else(|| known(&status.partitions));
+            let show = |show: fn(&wire::PartitionStatus) -> String| known.as_ref().map_or_else(|| "-".to_owned(), show);
             vec![
                 partition.partition.to_string(),
                 partition.leader_node.to_string(),
                 partition.replica_nodes.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
-                here(|status| status.log_start.to_string()),
-                here(|status| status.committed.to_string()),
-                here(queues),
+                show(|status| status.log_start.to_string()),
+                show(|status| status.committed.to_string()),
+                show(|status| status.size.to_string()),
+                show(queues),
+                show(holders),
             ]
         })
         .collect();
-    output::table(&["PARTITION", "LEADER", "NODES", "START", "END", "QUEUES"], &rows)
+    output::table(&["PARTITION", "LEADER", "NODES", "START", "END", "BYTES", "QUEUES", "RETENTION HELD BY"], &rows)?;
+    let mut refusing = status.leaders.iter().filter(|status| !status.refuses.is_empty());
+    refusing.try_for_each(|status| output::line(&status.refuses))
 }
 
 async fn delete(args: NameArgs) -> Result<(), Failure> {
@@ -196,7 +230,7 @@ async fn delete(args: NameArgs) -> Result<(), Failure> {
     output::line(format_args!("deleted {}", args.topic))
 }
 
-fn retention(topic: &wire::TopicDescription) -> String {
+pub(crate) fn retention(topic: &wire::TopicDescription) -> String {
     let time = (topic.retention_ms > 0).then(|| humantime::format_duration(Duration::from_millis(topic.retention_ms)));
     match (time, topic.retention_bytes) {
         (Some(time), 0) => time.to_string(),
@@ -215,7 +249,21 @@ fn queues(status: &wire::PartitionStatus) -> String {
     status.queues.iter().map(show).collect::<Vec<_>>().join("; ")
 }
 
-fn description(topic: &wire::TopicDescription) -> Value {
+/// Who keeps old events here, and how much.
+fn holders(status: &wire::PartitionStatus) -> String {
+    if status.holders.is_empty() {
+        return "-".to_owned();
+    }
+    let show = |holder: &wire::RetentionHolder| {
+        format!(
+            "{} {}: {} events from offset {} on, {} bytes",
+            holder.kind, holder.name, holder.records, holder.floor, holder.size
+        )
+    };
+    status.holders.iter().map(show).collect::<Vec<_>>().join("; ")
+}
+
+pub(crate) fn description(topic: &wire::TopicDescription) -> Value {
     let partitions: Vec<Value> = topic
         .partitions
         .iter()
@@ -254,6 +302,19 @@ fn partition_status(status: &wire::PartitionStatus) -> Value {
             })
         })
         .collect();
+    let holders: Vec<Value> = status
+        .holders
+        .iter()
+        .map(|holder| {
+            json!({
+                "kind": holder.kind,
+                "name": holder.name,
+                "floor": holder.floor,
+                "events": holder.records,
+                "bytes": holder.size,
+            })
+        })
+        .collect();
     json!({
         "partition": status.partition,
         "log_start": status.log_start,
@@ -262,5 +323,8 @@ fn partition_status(status: &wire::PartitionStatus) -> Value {
         "term": status.term,
         "leader": status.leader,
         "queues": queues,
+        "bytes": status.size,
+        "holders": holders,
+        "refuses": if status.refuses.is_empty() { Value::Null } else { json!(status.refuses) },
     })
 }

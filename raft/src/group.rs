@@ -354,6 +354,11 @@ impl Group {
         }
     }
 
+    /// Whether this replica stands for election when it hears of no leader. It always votes.
+    pub fn stand_for_election(&self, may_stand: bool) {
+        self.inner.raft.runtime_config().elect(may_stand);
+    }
+
     /// Asks the replica on `to` to take over; resolves when it has or the time is over.
     ///
     /// # Errors

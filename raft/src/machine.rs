@@ -24,7 +24,7 @@ use crate::{
     store::{Installed, InstalledSlot},
     types::{
         Applied, Entry, LogId, Membership, Snapshot, SnapshotMeta, StoredMembership, TypeConfig, from_wire_log_id,
-        from_wire_membership, into_entry, position, wire_log_id, wire_membership,
+        from_wire_membership, into_entry, log_id, position, wire_log_id, wire_membership,
     },
 };
 
@@ -292,7 +292,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
-        RetentionSnapshot { log: self.log.clone(), current: self.encode_checkpoint() }
+        RetentionSnapshot { log: self.log.clone(), membership: self.membership.clone() }
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Bytes) -> Result<(), io::Error> {
@@ -319,10 +319,12 @@ impl RaftStateMachine<TypeConfig> for Machine {
 }
 
 /// Gives the checkpoint of the retention point. Without one nothing was purged and nobody needs
-/// a snapshot, unless its file was lost: then the present state is the oldest there is.
+/// a snapshot, unless its file was lost. The present state must not stand in for it: whoever
+/// installed that would drop all that is retained. So only its position is told then, which keeps
+/// openraft's account right; this replica cannot help one that lags, another one can.
 pub(crate) struct RetentionSnapshot {
     log: Log,
-    current: Bytes,
+    membership: StoredMembership,
 }
 
 impl RaftSnapshotBuilder<TypeConfig> for RetentionSnapshot {
@@ -332,10 +334,15 @@ impl RaftSnapshotBuilder<TypeConfig> for RetentionSnapshot {
         if let Some(snapshot) = current_snapshot(&self.log)? {
             return Ok(snapshot);
         }
-        if self.log.purged().is_none() {
+        let Some(purged) = self.log.purged() else {
             return Err(io::Error::other("nothing was purged, there is nothing to snapshot"));
-        }
-        decode_snapshot(self.current.clone())
+        };
+        tracing::error!(
+            index = purged.index.0,
+            "the checkpoint at the log's start is lost: replicas that lag need another leader"
+        );
+        let meta = SnapshotMeta { last_log_id: Some(log_id(purged)), last_membership: self.membership.clone() };
+        Ok(Snapshot { meta, snapshot: Bytes::new() })
     }
 }
 

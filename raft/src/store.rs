@@ -103,6 +103,15 @@ impl LogStore {
         RaftIndex(start)..RaftIndex(end.min(next).max(start))
     }
 
+    /// Whether the entry at `position` stands in the log.
+    fn holds(&self, position: LogPosition) -> io::Result<bool> {
+        let found = self.log.entries(position.index..position.index.next(), 0).or_else(|error| match error {
+            ReadError::OutOfRange { .. } => Ok(Vec::new()),
+            other => Err(io::Error::other(other)),
+        })?;
+        Ok(found.first().is_some_and(|batch| batch.header.term == position.term))
+    }
+
     /// Entries from `start`, at most `size_max` bytes of them, at least one.
     fn read(&self, range: std::ops::Range<RaftIndex>, size_max: usize) -> Result<Vec<Entry>, ReadError> {
         if range.is_empty() {
@@ -288,6 +297,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let through = position(&through);
         let installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner).take();
         match installed {
+            // Entries that follow the snapshot's position stay: they may be all that a majority has.
+            Some(snapshot) if snapshot.position == through && self.holds(through)? => {
+                self.log.save_checkpoint(CheckpointKind::Retention, through, snapshot.checkpoint).await?;
+                self.log.purge_through(through).await
+            }
             Some(snapshot) if snapshot.position == through => {
                 let checkpoints = vec![(CheckpointKind::Retention, snapshot.checkpoint)];
                 self.log.install(through, snapshot.next_offset, checkpoints).await
@@ -301,7 +315,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-    use arqon_proto::{BatchBuilder, Compression, GroupId, NodeId, Record, ReplicaId};
+    use arqon_proto::{BatchBuilder, Compression, GroupId, NodeId, Record, ReplicaId, Term};
     use arqon_storage::{Identity, MemoryDisk, Options, Store};
     use openraft::{EntryPayload, async_runtime::oneshot::Oneshot, impls::TokioRuntime};
 
@@ -402,5 +416,24 @@ mod tests {
         guard.close().await;
         let (_guard, mut store) = open(&disk.again());
         assert_eq!(store.read_committed().await.unwrap().unwrap().index(), 2);
+    }
+
+    /// openraft installs a snapshot also where entries behind it stand in the log already, and goes
+    /// on to count on them: they may be what made a majority.
+    #[tokio::test]
+    async fn a_snapshot_drops_what_follows_it_only_where_the_log_disagrees() {
+        let (_guard, mut store) = open(&MemoryDisk::new());
+        append(&mut store, (0..6).map(|index| entry(index, 10)).collect()).await.await.unwrap();
+        for (term, index, kept) in [(1, 2, 3), (2, 4, 0)] {
+            let position = LogPosition { term: Term(term), index: RaftIndex(index) };
+            let checkpoint = Bytes::from_static(b"state");
+            let installed = Installed { position, next_offset: Offset(index + 1), checkpoint };
+            *store.installed.lock().unwrap() = Some(installed);
+            store.purge(log_id(position)).await.unwrap();
+            assert_eq!(store.log.purged(), Some(position));
+            assert_eq!(store.try_get_log_entries(..).await.unwrap().len(), kept);
+            assert_eq!(store.log.log_start(), Offset(index + 1));
+            assert!(store.log.checkpoints().contains(&(CheckpointKind::Retention, position)));
+        }
     }
 }

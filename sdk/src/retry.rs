@@ -23,6 +23,7 @@ pub(crate) enum Verdict {
 /// | error | verdict |
 /// |---|---|
 /// | no server reached, `NOT_LEADER`, `OVERLOADED`, `RATE_LIMIT_EXCEEDED` | not done |
+/// | `TOPIC_FULL`, `STORAGE_FULL`: somebody may make room within the request's time | not done |
 /// | connection lost, no answer in time, `UNKNOWN_OUTCOME` | unclear |
 /// | anything else | final |
 pub(crate) fn judge(error: &Error) -> Verdict {
@@ -30,7 +31,11 @@ pub(crate) fn judge(error: &Error) -> Verdict {
         Error::Unreachable { .. } => Verdict::NotDone,
         Error::Lost { .. } | Error::TimedOut { .. } => Verdict::Unclear,
         Error::Server { code, .. } => match code {
-            ErrorCode::NotLeader | ErrorCode::Overloaded | ErrorCode::RateLimitExceeded => Verdict::NotDone,
+            ErrorCode::NotLeader
+            | ErrorCode::Overloaded
+            | ErrorCode::RateLimitExceeded
+            | ErrorCode::TopicFull
+            | ErrorCode::StorageFull => Verdict::NotDone,
             ErrorCode::UnknownOutcome => Verdict::Unclear,
             _ => Verdict::Final,
         },
@@ -86,6 +91,16 @@ mod tests {
     use arqon_proto::wire;
 
     use super::*;
+
+    #[test]
+    fn a_topic_or_disk_without_room_is_tried_again_and_a_wrong_request_is_not() {
+        let judged = |code: ErrorCode| judge(&wire::Error { code: code.into(), ..Default::default() }.into());
+        for code in [ErrorCode::TopicFull, ErrorCode::StorageFull, ErrorCode::Overloaded] {
+            assert_eq!(judged(code), Verdict::NotDone, "{code:?}");
+        }
+        assert_eq!(judged(ErrorCode::ValidationError), Verdict::Final);
+        assert_eq!(judged(ErrorCode::UnknownOutcome), Verdict::Unclear);
+    }
 
     #[test]
     fn pauses_grow_to_their_limit_and_start_anew_after_success() {

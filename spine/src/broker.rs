@@ -32,8 +32,8 @@ use tokio::{
 use wire::{ErrorCode, frame::Body};
 
 use crate::{
-    clock,
     error::{error, not_found, not_leader, starting},
+    health::{HEALTH_KIND, Health},
     join::{REJOIN_KIND, WHO_KIND, WHO_LEADER_KIND},
     members::{LostReplica, Progress, TRANSFER_KIND},
     metadata::{COMMITTED_KIND, FORWARD_KIND as METADATA_KIND, MetadataGroup, MetadataState, Topic, wanted_replicas},
@@ -41,6 +41,7 @@ use crate::{
     operators::Operators,
     partition::{Ahead, Partition, Services},
     replicas::Replicas,
+    topics::{STATUS_KIND, TRIM_KIND},
 };
 
 const PRODUCE_KIND: &str = "produce";
@@ -100,6 +101,7 @@ pub(crate) struct Broker {
     pub replicas: Arc<Replicas>,
     pub operators: Operators,
     pub verifier: Verifier,
+    pub health: Arc<Health>,
     pub metrics: Arc<Metrics>,
     pub stopping: watch::Sender<bool>,
     /// Leaders of groups without a replica here, as other nodes told.
@@ -117,7 +119,7 @@ impl Broker {
     /// AUTHENTICATION_FAILED, saying why but not repeating the token.
     pub(crate) fn authenticate(&self, token: &str) -> Result<Session, wire::Error> {
         self.verifier
-            .verify(token, clock::now_seconds())
+            .verify(token, self.health.now_seconds())
             .map_err(|refused| error(ErrorCode::AuthenticationFailed, refused.to_string()))
     }
 
@@ -272,7 +274,7 @@ impl Broker {
 
     // Until every partition of the topic and of those made with it has a leader, and every
     // node that answers knows the topic, so that clients may go to any of them.
-    async fn wait_for_leaders(&self, tenant: &str, name: &str) {
+    pub(crate) async fn wait_for_leaders(&self, tenant: &str, name: &str) {
         let mut delay = LEADERS_POLL_DELAY;
         loop {
             let published = self.metadata.published();
@@ -299,8 +301,7 @@ impl Broker {
     }
 
     fn problems(&self) -> Vec<String> {
-        let mut problems = self.replicas.problems();
-        problems.extend(self.replicas.damage());
+        let mut problems = [self.replicas.problems(), self.replicas.damage(), self.health.problems()].concat();
         if self.slow.load(Ordering::Relaxed) {
             problems.push("the disk takes over 500 ms for a flush; other nodes lead".to_owned());
         }
@@ -394,7 +395,7 @@ impl Broker {
         placements
             .filter_map(|placement| {
                 let heir = NodeId(wanted_replicas(placement).first()?.node);
-                if heir == self.node || !is_settled(heir) {
+                if heir == self.node || !is_settled(heir) || !self.health.may_lead(heir) {
                     return None;
                 }
                 let partition = self.replicas.get(GroupId(placement.group))?;
@@ -416,6 +417,9 @@ impl Broker {
             TRANSFER_KIND => self.handle_transfer(&body).await,
             REPORT_KIND => Ok(self.report().encode_to_vec().into()),
             PRODUCE_KIND => self.handle_produce(body).await,
+            HEALTH_KIND => Ok(self.health.pulse().encode_to_vec().into()),
+            STATUS_KIND => self.handle_status(body),
+            TRIM_KIND => self.handle_trim(body).await,
             other => Err(format!("this node does not know requests of the kind {other:?}")),
         }
     }
@@ -549,12 +553,13 @@ fn decode_produce(mut body: Bytes) -> Result<(String, wire::Produce, Batch), arq
 /// The broker as its partitions see it. Weak: the broker holds the partitions.
 pub(crate) struct BrokerServices {
     broker: Weak<Broker>,
+    health: Arc<Health>,
     ahead: Ahead,
 }
 
 impl BrokerServices {
-    pub(crate) fn new(broker: Weak<Broker>, ahead: Ahead) -> Self {
-        Self { broker, ahead }
+    pub(crate) fn new(broker: &Arc<Broker>, ahead: Ahead) -> Self {
+        Self { broker: Arc::downgrade(broker), health: broker.health.clone(), ahead }
     }
 }
 
@@ -588,11 +593,19 @@ impl Services for BrokerServices {
     }
 
     fn now_ms(&self) -> u64 {
-        clock::now_ms()
+        self.health.now_ms()
     }
 
     fn ahead(&self) -> &Ahead {
         &self.ahead
+    }
+
+    fn storage_refusal(&self, nodes: &[NodeId]) -> Option<String> {
+        self.health.storage_refusal(nodes)
+    }
+
+    fn clock_is_sound(&self) -> bool {
+        !self.health.is_clock_off()
     }
 }
 

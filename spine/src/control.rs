@@ -59,6 +59,7 @@ fn status(refused: wire::Error) -> Status {
         ErrorCode::AuthorizationDenied => Code::PermissionDenied,
         ErrorCode::TargetNotFound => Code::NotFound,
         ErrorCode::AlreadyExists => Code::AlreadyExists,
+        ErrorCode::OffsetOutOfRange => Code::OutOfRange,
         ErrorCode::NotLeader | ErrorCode::Overloaded | ErrorCode::UnknownOutcome => Code::Unavailable,
         _ => Code::Internal,
     };
@@ -147,8 +148,31 @@ impl control_server::Control for Control {
         let local = topic.partitions.iter().filter_map(|at| self.broker.replicas.get(at.group.into()));
         Ok(Response::new(wire::TopicStatus {
             description: Some(self.broker.describe(&topic)),
-            partitions: local.map(|partition| partition.status()).collect(),
+            partitions: local.map(|partition| partition.full_status()).collect(),
+            leaders: self.broker.leader_statuses(&topic).await,
         }))
+    }
+
+    async fn alter_topic(
+        &self,
+        request: Request<wire::AlterTopicRequest>,
+    ) -> Result<Response<wire::TopicDescription>, Status> {
+        let session = self.session(&request)?;
+        let change = request.into_inner();
+        authorize(&session, Verb::Admin, &change.topic).map_err(status)?;
+        let topic = self.broker.alter_topic(session.tenant, change).await.map_err(status)?;
+        Ok(Response::new(self.broker.describe(&topic)))
+    }
+
+    async fn trim_topic(
+        &self,
+        request: Request<wire::TrimTopicRequest>,
+    ) -> Result<Response<wire::TrimTopicResponse>, Status> {
+        let session = self.session(&request)?;
+        let request = request.into_inner();
+        authorize(&session, Verb::Admin, &request.topic).map_err(status)?;
+        let partitions = self.broker.trim_topic(&session.tenant, &request).await.map_err(status)?;
+        Ok(Response::new(wire::TrimTopicResponse { partitions }))
     }
 
     async fn cluster_status(

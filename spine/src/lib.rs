@@ -23,6 +23,7 @@ mod clock;
 mod config;
 mod control;
 mod error;
+mod health;
 mod join;
 mod members;
 mod metadata;
@@ -36,7 +37,9 @@ mod session;
 mod slow;
 mod state;
 mod tls;
+mod topics;
 
+pub use clock::Clock;
 pub use config::{
     Auth, AuthKey, Backend, CLUSTER_SECRET_SIZE_MIN, Config, ConfigError, Listen, ListenAddresses, Log, Peer, Secret,
     Storage,

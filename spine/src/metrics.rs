@@ -83,6 +83,7 @@ impl Collector for NodeCollector {
         out.storage(&broker)?;
         out.partitions(&broker.metrics.partitions)?;
         out.positions(&broker)?;
+        out.health(&broker)?;
         out.gauge("operators_live", "Operators that send heartbeats", broker.operators.live_count() as i64)
     }
 }
@@ -142,6 +143,25 @@ impl Out<'_> {
         )
     }
 
+    fn health(&mut self, broker: &Broker) -> fmt::Result {
+        let health = &broker.health;
+        let space = health.space();
+        let size = |size: u64| i64::try_from(size).unwrap_or(i64::MAX);
+        self.gauge("disk_free_bytes", "What the disk of the data directory still takes", size(space.free_size))?;
+        self.gauge("disk_reserve_bytes", "Below this much free no new records are taken", size(space.reserve_size))?;
+        self.gauge("clock_skew_ms", "How far the clock is ahead of the median of the nodes", health.skew_ms())?;
+        self.gauge(
+            "clock_off",
+            "1 while the clock is so wrong that the node leads nothing",
+            health.is_clock_off().into(),
+        )?;
+        self.gauge(
+            "clock_lateness_ms",
+            "How much later than due the node last looked at the clocks",
+            size(health.lateness_ms()),
+        )
+    }
+
     fn partitions(&mut self, metrics: &PartitionMetrics) -> fmt::Result {
         self.counter("produce_batches", "Batches committed", &metrics.batch_count)?;
         self.counter("produce_records", "Records committed", &metrics.record_count)?;
@@ -172,10 +192,11 @@ impl Out<'_> {
             })
             .collect();
         type Read = fn(&wire::PartitionStatus) -> u64;
-        let gauges: [(&str, &str, Read); 4] = [
+        let gauges: [(&str, &str, Read); 5] = [
             ("partition_leader", "1 where this node leads the partition", |status| u64::from(status.leader)),
             ("partition_log_start", "First offset retained", |status| status.log_start),
             ("partition_log_end", "Offset after the last record in the log", |status| status.log_end),
+            ("partition_bytes", "Bytes of entries in the local log", |status| status.size),
             ("partition_committed", "Offset after the last record that can be read", |status| status.committed),
         ];
         for (name, help, read) in gauges {

@@ -21,9 +21,10 @@ use tonic::transport::Server;
 use crate::{
     admin,
     broker::{Broker, BrokerServices},
-    clock,
+    clock::Clock,
     config::{Backend, Config, ConfigError, ListenAddresses},
     control,
+    health::Health,
     join::open_metadata,
     metrics::Metrics,
     operators::{self, OperatorKey, Operators, Seen},
@@ -141,6 +142,14 @@ impl Node {
     /// # Errors
     /// As [`Node::start`].
     pub async fn start_on(config: Config, listeners: Listeners) -> Result<Self, StartError> {
+        Self::start_by(config, listeners, Clock::default()).await
+    }
+
+    /// Starts a node that goes by `clock`, on ports that are bound already.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub async fn start_by(config: Config, listeners: Listeners, clock: Clock) -> Result<Self, StartError> {
         config.check()?;
         let (secret, verifier) = (config.secret()?, config.verifier()?);
         let tls = config.tls.as_ref().map(Tls::load).transpose()?;
@@ -187,11 +196,12 @@ impl Node {
             cluster: config.cluster,
             configured: nodes,
             host,
-            store,
+            store: store.clone(),
             metadata,
             replicas,
             operators: Operators::default(),
             verifier,
+            health: Arc::new(Health::new(node, clock, store.clone())),
             metrics,
             stopping: watch::Sender::new(false),
             leaders: Mutex::new(HashMap::new()),
@@ -275,7 +285,7 @@ fn answer_forwards(broker: &Arc<Broker>) {
 }
 
 fn start_tasks(broker: &Arc<Broker>, ahead: Ahead) -> Vec<JoinHandle<()>> {
-    let services = Arc::new(BrokerServices::new(Arc::downgrade(broker), ahead));
+    let services = Arc::new(BrokerServices::new(broker, ahead));
     let replicas = broker.replicas.clone().run(broker.metadata.clone(), services, broker.stopping.subscribe());
     vec![
         tokio::spawn(broker.metadata.clone().run_duties(broker.configured.clone())),
@@ -286,6 +296,7 @@ fn start_tasks(broker: &Arc<Broker>, ahead: Ahead) -> Vec<JoinHandle<()>> {
         tokio::spawn(broker.clone().run_replacements()),
         tokio::spawn(broker.clone().run_slow_watch()),
         tokio::spawn(follow_nodes(broker.clone())),
+        tokio::spawn(broker.clone().run_health()),
         tokio::spawn(follow_operators(broker.clone())),
         tokio::spawn(expire_operators(broker.clone())),
     ]
@@ -339,7 +350,7 @@ async fn follow_operators(broker: Arc<Broker>) {
         let past_end = *past_end.get_or_insert(fetched.committed);
         for batch in &batches {
             let is_past = batch.header.base_offset.0 < past_end;
-            let left = broker.operators.follow(batch, seen(batch.header.time_ms, is_past));
+            let left = broker.operators.follow(batch, seen(batch.header.time_ms, broker.health.now_ms(), is_past));
             take_leases_back(&broker, left).await;
             next = next.max(batch.header.next_offset().0);
         }
@@ -352,8 +363,8 @@ fn operators_partition(broker: &Broker) -> Option<Partition> {
     broker.replicas.get(topic.partitions.first()?.group.into())
 }
 
-fn seen(time_ms: u64, is_past: bool) -> Seen {
-    let age = if is_past { Duration::from_millis(clock::now_ms().saturating_sub(time_ms)) } else { Duration::ZERO };
+fn seen(time_ms: u64, now_ms: u64, is_past: bool) -> Seen {
+    let age = if is_past { Duration::from_millis(now_ms.saturating_sub(time_ms)) } else { Duration::ZERO };
     let now = Instant::now();
     // The clock may not reach back further than the machine has been up.
     Seen { at: now.checked_sub(age.min(operators::EXPIRY)).unwrap_or(now), is_fresh: age < operators::EXPIRY, time_ms }

@@ -215,8 +215,13 @@ impl Replicas {
         }
         {
             let local = self.local.read().unwrap_or_else(PoisonError::into_inner);
-            wanted.retain(|group, _| {
-                !matches!(local.get(group), Some(Local::Open(_) | Local::Failed { quarantined: true, .. }))
+            wanted.retain(|group, wanted| match local.get(group) {
+                Some(Local::Open(partition)) => {
+                    partition.configure(&wanted.topic);
+                    false
+                }
+                Some(Local::Failed { quarantined, .. }) => !quarantined,
+                None => true,
             });
         }
         if caught_up {

@@ -33,7 +33,6 @@ use wire::{ErrorCode, frame::Body};
 
 use crate::{
     broker::Broker,
-    clock,
     error::{error, invalid},
 };
 use budget::Budget;
@@ -120,7 +119,8 @@ async fn run(broker: &Arc<Broker>, budget: &Arc<Budget>, stream: TcpStream, tls:
     };
     let (answers, queue) = mpsc::channel(ANSWER_COUNT_MAX);
     let writer = tokio::spawn(writer::run(write_half, queue, broker.metrics.clone(), budget.clone()));
-    let lifetime = Duration::from_secs(session.expires_at.saturating_sub(clock::now_seconds())).min(SESSION_LENGTH_MAX);
+    let lifetime =
+        Duration::from_secs(session.expires_at.saturating_sub(broker.health.now_seconds())).min(SESSION_LENGTH_MAX);
     let ends_at = Instant::now() + lifetime;
     let welcome = welcome(broker, &session);
     let requests = Requests::new(broker.clone(), budget.clone(), session, hello.credit_bytes, answers.clone());

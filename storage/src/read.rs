@@ -504,6 +504,14 @@ impl Log {
         }
         point.filter(|(last, _)| Some(*last) > state.purged)
     }
+
+    /// Bytes of entries in the segments from the one that holds `offset` on.
+    #[must_use]
+    pub fn size_from(&self, offset: Offset) -> u64 {
+        let state = self.core.lock();
+        let kept = state.segments.iter().filter(|segment| segment.next_offset > offset.0);
+        kept.map(|segment| segment.end - crate::layout::SEGMENT_DATA_AT).sum()
+    }
 }
 
 impl State {

@@ -6,4 +6,5 @@ mod bad_input;
 mod members;
 mod running;
 mod samples;
+mod topics;
 mod tour;

@@ -3,6 +3,8 @@
 //! Group and replica ids only ever grow, so a group with an id below `next_group` that no
 //! topic has was deleted, and its data may go.
 
+mod alter;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use arqon_proto::{
@@ -136,6 +138,7 @@ impl MetadataState {
             Some(Command::ExtendPartition(command)) => self.extend_partition(command.group).map(|()| None),
             Some(Command::UnsafeRecovery(command)) => self.recover_unsafely(command).map(|()| None),
             Some(Command::PreferLeader(command)) => self.prefer_leader(&command).map(|()| None),
+            Some(Command::AlterTopic(command)) => self.alter_topic(&command).map(Some),
             None => Err(invalid("command", "the command is empty or newer than this program")),
         }
     }
@@ -318,21 +321,21 @@ impl MetadataState {
 
     // Round robin over the nodes by group number, so that preferred leaders are spread evenly
     // over the partitions of all topics.
-    fn place(&mut self, config: wire::TopicConfig, request_id: &Bytes) -> Arc<Topic> {
-        let mut partitions = Vec::with_capacity(config.partitions as usize);
+    fn place_partition(&mut self, replication: u32) -> wire::PartitionPlacement {
         let nodes: Vec<_> = self.nodes.iter().filter(|info| !info.leaving).cloned().collect();
-        for _ in 0..config.partitions {
-            let group = self.next_group;
-            self.next_group += 1;
-            let replicas = (0..u64::from(config.replication)).map(|turn| {
-                let info = &nodes[((group + turn) % nodes.len() as u64) as usize];
-                let replica = self.next_replica;
-                self.next_replica += 1;
-                wire::ReplicaNode { replica, node: info.node, peer_address: info.peer_address.clone() }
-            });
-            let replicas = replicas.collect();
-            partitions.push(wire::PartitionPlacement { group, replicas, ..Default::default() });
-        }
+        let group = self.next_group;
+        self.next_group += 1;
+        let replicas = (0..u64::from(replication)).map(|turn| {
+            let info = &nodes[((group + turn) % nodes.len() as u64) as usize];
+            let replica = self.next_replica;
+            self.next_replica += 1;
+            wire::ReplicaNode { replica, node: info.node, peer_address: info.peer_address.clone() }
+        });
+        wire::PartitionPlacement { group, replicas: replicas.collect(), ..Default::default() }
+    }
+
+    fn place(&mut self, config: wire::TopicConfig, request_id: &Bytes) -> Arc<Topic> {
+        let partitions = (0..config.partitions).map(|_| self.place_partition(config.replication)).collect();
         let (tenant, name) = (config.tenant.clone(), config.name.clone());
         let topic = Arc::new(Topic {
             id: self.next_topic,

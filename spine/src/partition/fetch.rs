@@ -63,7 +63,7 @@ impl Partition {
         let readable = *replica.group.readable().borrow();
         let log = replica.group.log();
         let offset = match request.at {
-            Some(At::Earliest(_)) => log.log_start(),
+            Some(At::Earliest(_)) => replica.log_start(),
             Some(At::Latest(_)) => readable.next_offset,
             Some(At::TimeMs(time_ms)) => match readable.index {
                 Some(through) => log.offset_at_time(time_ms, through).map_err(|cause| replica.read_error(cause))?,
@@ -83,7 +83,7 @@ impl Replica {
         readable: Readable,
     ) -> Result<Option<(wire::Fetched, Vec<Batch>)>, wire::Error> {
         let offset = Offset(request.offset);
-        let log_start = self.group.log().log_start();
+        let log_start = self.log_start();
         if offset < log_start {
             return Err(self.read_error(ReadError::OutOfRange { log_start }));
         }
@@ -137,7 +137,7 @@ impl Replica {
     fn fetched(&self, readable: Readable) -> wire::Fetched {
         wire::Fetched {
             committed: readable.next_offset.0,
-            log_start: self.group.log().log_start().0,
+            log_start: self.log_start().0,
             topic: self.topic.name.clone(),
             partition: self.partition.0,
         }

@@ -12,6 +12,8 @@
 //!   submit.rs     one task: check, admit, propose, in order  deadlines.rs  what is due when
 //!   fetch.rs      reads and long-polls, with ahead.rs        grants.rs     which jobs to whom
 //!   queue/        requests of workers, merged into entries   dead.rs       jobs without attempts left
+//!   retention.rs  what expires, and trims that are asked for  holders.rs   who keeps it from expiring
+//!   full.rs       when new records are refused                settings.rs  what a running topic may change
 //! ```
 //!
 //! Only this module waits and reads clocks; what a command means is decided in `state/`.
@@ -21,18 +23,21 @@ mod dead;
 mod deadlines;
 mod error;
 mod fetch;
+mod full;
 mod grants;
+mod holders;
 mod metrics;
 mod produce;
 mod queue;
 mod retention;
+mod settings;
 mod submit;
 #[cfg(test)]
 mod tests;
 
 use std::sync::{Arc, Mutex, atomic::AtomicUsize};
 
-use arqon_proto::{Batch, GroupId, LeaseKey, NodeId, PartitionId, Term, TopicClass, wire};
+use arqon_proto::{Batch, GroupId, LeaseKey, NodeId, Offset, PartitionId, Term, TopicClass, wire};
 use arqon_raft::{Group, GroupSpec, Host, OpenError, Status};
 use futures_util::future::BoxFuture;
 use tokio::{
@@ -45,6 +50,10 @@ use crate::state::PartitionMachine;
 pub use ahead::Ahead;
 pub use metrics::PartitionMetrics;
 pub use produce::Submitted;
+pub use retention::TrimBefore;
+
+use full::Fullness;
+use settings::Settings;
 
 /// Batches and control entries that wait for the submission task.
 const SUBMISSION_COUNT_MAX: usize = 4_096;
@@ -78,6 +87,13 @@ pub trait Services: Send + Sync + 'static {
 
     /// What the node has read ahead for readers of old data.
     fn ahead(&self) -> &Ahead;
+
+    /// Why no new records may be written to a partition whose replicas are on `nodes`, when their
+    /// disks are nearly full: one line.
+    fn storage_refusal(&self, nodes: &[NodeId]) -> Option<String>;
+
+    /// Whether the wall clock may be trusted to say how old records are.
+    fn clock_is_sound(&self) -> bool;
 }
 
 /// A registered operator, as its registration says.
@@ -94,7 +110,10 @@ pub(crate) struct Replica {
     group: Group,
     status: watch::Receiver<Status>,
     machine: PartitionMachine,
+    /// As it was when the replica was opened: name and class stay, for the rest see `settings`.
     topic: Arc<wire::TopicConfig>,
+    settings: watch::Sender<Settings>,
+    fullness: Fullness,
     class: TopicClass,
     partition: PartitionId,
     services: Arc<dyn Services>,
@@ -142,8 +161,21 @@ impl Partition {
         let group = host.open(spec, Box::new(machine.clone())).await?;
         let class = class_of(&topic);
         let (status, queued_size) = (group.watch(), AtomicUsize::new(0));
-        let replica =
-            Arc::new(Replica { group, status, machine, topic, class, partition, services, metrics, queued_size });
+        let settings = watch::Sender::new(Settings::from(&*topic));
+        let fullness = Fullness::default();
+        let replica = Arc::new(Replica {
+            group,
+            status,
+            machine,
+            topic,
+            settings,
+            fullness,
+            class,
+            partition,
+            services,
+            metrics,
+            queued_size,
+        });
         let (submissions, submitted) = mpsc::channel(SUBMISSION_COUNT_MAX);
         let (requests, requested) = mpsc::channel(REQUEST_COUNT_MAX);
         let (closing, closed) = watch::channel(false);
@@ -172,7 +204,7 @@ impl Partition {
         self.replica.group.id()
     }
 
-    /// Topic as configured.
+    /// Topic as configured when the replica was opened.
     #[must_use]
     pub fn topic(&self) -> &Arc<wire::TopicConfig> {
         &self.replica.topic
@@ -190,7 +222,7 @@ impl Partition {
         let replica = &self.replica;
         let status = replica.group.status();
         let committed = replica.group.readable().borrow().next_offset;
-        let log = replica.group.log();
+        let (log, log_start) = (replica.group.log(), replica.log_start());
         let shared = replica.machine.lock();
         let queues = shared.state.queues().map(|(group, queue)| wire::QueueStatus {
             group: group.to_owned(),
@@ -201,13 +233,24 @@ impl Partition {
         });
         wire::PartitionStatus {
             partition: replica.partition.0,
-            log_start: log.log_start().0,
+            log_start: log_start.0,
             log_end: log.next_offset().0,
             committed: committed.0,
             term: status.term.0,
             leader: status.is_leader,
             queues: queues.collect(),
+            size: log.size_from(Offset(0)),
+            holders: Vec::new(),
+            refuses: String::new(),
         }
+    }
+
+    /// As [`Self::status`], and who holds retention, and whether new records are refused.
+    #[must_use]
+    pub fn full_status(&self) -> wire::PartitionStatus {
+        let status = self.status();
+        let refuses = self.replica.refusal().map(|refused| refused.message).unwrap_or_default();
+        wire::PartitionStatus { holders: self.replica.holder_statuses(status.committed), refuses, ..status }
     }
 
     /// Stops the replica's tasks; requests that wait are answered NOT_LEADER or

@@ -86,6 +86,15 @@ pub(super) async fn run(
 impl Replica {
     async fn place(&self, mut batch: Batch, stamps: Option<&Stamps>) -> Result<Placed, Unplaced> {
         let term = self.require_leader().map_err(Unplaced::Failed)?;
+        if let Some(refusal) = self.refuses(batch.header.batch_size()) {
+            // What is written already is still a duplicate: whoever repeats a batch must learn that.
+            let check =
+                |state: &PartitionState, in_flight: &mut InFlight| in_flight.check(state, &batch.header, stamps);
+            if let Err(known @ (Refused::Duplicate(_) | Refused::InFlight)) = self.with_in_flight(term, check) {
+                return Err(Unplaced::Refused(known));
+            }
+            return Err(Unplaced::Failed(refusal));
+        }
         let admit = |state: &PartitionState, in_flight: &mut InFlight| {
             in_flight.admit(state, &batch.header, stamps, self.services.now_ms())
         };

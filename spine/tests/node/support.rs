@@ -14,7 +14,9 @@ use arqon_proto::{
     Batch, BatchBuilder, Claims, Compression, ProducerStamp, Record, TokenAlgorithm, TokenKeyPair, TokenSigner,
     decode_frame, encode_frame, frame_size, wire,
 };
-use arqon_spine::{Auth, AuthKey, Config, Listen, ListenAddresses, Listeners, Log, Node, Peer, Secret, Storage, Tls};
+use arqon_spine::{
+    Auth, AuthKey, Clock, Config, Listen, ListenAddresses, Listeners, Log, Node, Peer, Secret, Storage, Tls,
+};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use loopback::own_loopback;
@@ -35,6 +37,8 @@ pub struct Cluster {
     pub configs: Vec<Config>,
     pub addresses: Vec<ListenAddresses>,
     pub signer: TokenSigner,
+    /// Those of the nodes, until they are restarted.
+    pub clocks: Vec<Clock>,
     /// With TLS: what clients must trust, PEM.
     pub ca: Option<Vec<u8>>,
     folder: TempDir,
@@ -130,11 +134,13 @@ impl Cluster {
             peers: peers.clone(),
         };
         let configs: Vec<Config> = addresses.iter().enumerate().map(config).collect();
+        let clocks: Vec<Clock> = configs.iter().map(|_| Clock::default()).collect();
         // A node of a new cluster waits for most of the others.
-        let starting = configs.iter().zip(bound).map(|(config, bound)| Node::start_on(config.clone(), bound));
+        let starting = configs.iter().zip(bound).zip(&clocks);
+        let starting = starting.map(|((config, bound), clock)| Node::start_by(config.clone(), bound, clock.clone()));
         let nodes = join_all(starting).await.into_iter().map(|node| Some(node.unwrap())).collect();
         let signer = TokenSigner::from_pem(TokenAlgorithm::EdDSA, None, pair.private_key_pem.as_bytes()).unwrap();
-        let cluster = Self { nodes, configs, addresses, signer, ca, folder };
+        let cluster = Self { nodes, configs, addresses, signer, clocks, ca, folder };
         cluster.wait_ready().await;
         cluster
     }

@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use arqon_proto::{limits, wire};
 use tokio::time::Instant;
 
 use super::Lead;
@@ -45,7 +44,7 @@ impl Lead<'_> {
                 clock.leases.set(first, end, now + millis(lease.holder.lease_ms));
             }
             for (offset, pending) in queue.pending() {
-                clock.wait(*offset, pending.attempt, pending.delay_ms, attempts_max(&replica.topic), now);
+                clock.wait(*offset, pending.attempt, pending.delay_ms, replica.attempts_max(), now);
             }
         }
         drop(shared);
@@ -69,10 +68,6 @@ impl Lead<'_> {
             own.for_each(|(first, end, _)| clock.leases.set(first, end, now));
         }
     }
-}
-
-pub(super) fn attempts_max(topic: &wire::TopicConfig) -> u32 {
-    if topic.attempts_max == 0 { limits::ATTEMPT_COUNT_DEFAULT } else { topic.attempts_max }
 }
 
 pub(super) fn millis(ms: u32) -> Duration {

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::{
     End, Lead, RETRY_PAUSE,
-    clock::{attempts_max, millis},
+    clock::millis,
     entry::{Flight, Part, ranges_in},
 };
 use crate::{
@@ -74,7 +74,7 @@ impl Lead<'_> {
     fn took_effect(&mut self, group: &str, command: &Command, range: &wire::OffsetRange, now: Instant) {
         let replica = self.replica.clone();
         let metrics = &replica.metrics;
-        let attempts_max = attempts_max(&replica.topic);
+        let attempts_max = replica.attempts_max();
         let clock = self.clocks.entry(group.to_owned()).or_default();
         let (first, attempt, count) = (range.first, range.attempt, range.count as usize);
         let end = first + count as u64;

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -34,6 +34,10 @@ pub struct Shared {
     /// Topics whose next routed writes fail after they were done, as when an answer is lost.
     pub lost_answer_count: AtomicU64,
     pub ahead: Ahead,
+    /// Whether disks are nearly full.
+    pub is_low: AtomicBool,
+    /// Whether clocks are wrong.
+    pub is_clock_off: AtomicBool,
 }
 
 impl Shared {
@@ -103,6 +107,15 @@ impl Services for Shared {
     fn ahead(&self) -> &Ahead {
         &self.ahead
     }
+
+    fn storage_refusal(&self, nodes: &[NodeId]) -> Option<String> {
+        assert!(!nodes.is_empty(), "a leader knows its voters");
+        self.is_low.load(Ordering::Relaxed).then(|| "the disk is nearly full".to_owned())
+    }
+
+    fn clock_is_sound(&self) -> bool {
+        !self.is_clock_off.load(Ordering::Relaxed)
+    }
 }
 
 pub fn keys() -> Arc<[LeaseKey]> {
@@ -123,6 +136,8 @@ impl Cluster {
             now_ms: AtomicU64::new(1_000_000),
             lost_answer_count: AtomicU64::new(0),
             ahead: Ahead::start().unwrap(),
+            is_low: AtomicBool::new(false),
+            is_clock_off: AtomicBool::new(false),
         });
         let dirs = (0..node_count).map(|_| tempfile::tempdir().unwrap()).collect();
         let mut cluster = Self { shared, hosts: Vec::new(), metrics: Arc::default(), dirs };
