@@ -34,7 +34,7 @@ mod suite;
 pub use group::{Group, Proposal, ProposeError, Status};
 pub use host::{ForwardError, ForwardHandler, GroupSpec, Host, HostOptions, OpenError};
 pub use machine::{Readable, StateMachine};
-pub use members::MembersStep;
+pub use members::{MembersStep, WantedMembers};
 pub use offline::OfflineReplica;
 pub use peer::PeerTls;
 pub use repair::DamageSummary;

@@ -32,6 +32,18 @@ use crate::{
 /// A step that is not committed by then is looked at anew.
 const STEP_PATIENCE: Duration = Duration::from_secs(10);
 
+/// Who is to be a member.
+#[derive(Clone, Debug)]
+pub struct WantedMembers {
+    /// The replicas, with their nodes.
+    pub replicas: BTreeMap<ReplicaId, NodeId>,
+    /// Nodes that can be reached now: others do not get leadership.
+    pub reachable: BTreeSet<NodeId>,
+    /// Whether each replica is taken in and let go by itself, as it can be. Otherwise those that go
+    /// stay until all that come have caught up, so that there are never fewer copies.
+    pub one_by_one: bool,
+}
+
 /// What is left of a change of members.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MembersStep {
@@ -53,6 +65,8 @@ struct Members {
     nodes: BTreeMap<u64, ReplicaAt>,
     voters: BTreeSet<u64>,
     is_joint: bool,
+    /// Whether a majority has what is above, so that no other leader can have it otherwise.
+    is_committed: bool,
     /// Entries that each other replica lacks; none for one that has not answered.
     lags: BTreeMap<u64, Option<u64>>,
 }
@@ -72,6 +86,7 @@ impl Members {
             nodes: membership.nodes().map(|(id, at)| (*id, *at)).collect(),
             voters: membership.voter_ids().collect(),
             is_joint: membership.get_joint_config().len() > 1,
+            is_committed: metrics.committed_membership_config.log_id() == metrics.membership_config.log_id(),
             lags: targets.map(|(id, matching)| (*id, lag(matching.as_ref().map(|id| id.index())))).collect(),
         })
     }
@@ -103,43 +118,59 @@ impl Group {
 
     /// Takes the next step towards voters on just the `wanted` replicas; see the table above. Called
     /// again until it is [`MembersStep::Done`], by one task at a time. Every change needs majorities
-    /// of the voters before it and after it, so that a replica that is away may be replaced.
+    /// of the voters before it and after it, so that a replica that is away may be replaced. When it is done,
+    /// a majority has the last change: nobody else is or becomes a member without another one.
     ///
     /// # Errors
     /// `NotLeader`; `UnknownOutcome` when the step was not committed in time: look again.
-    pub async fn step_members(&self, wanted: &BTreeMap<ReplicaId, NodeId>) -> Result<MembersStep, ProposeError> {
+    pub async fn step_members(&self, wanted: &WantedMembers) -> Result<MembersStep, ProposeError> {
         let not_leader = || ProposeError::NotLeader { leader: self.leader() };
-        if !self.is_ready() || wanted.is_empty() {
+        if !self.is_ready() || wanted.replicas.is_empty() {
             return Err(not_leader());
         }
         let Some(members) = Members::of(self) else { return Err(not_leader()) };
-        let wanted_ids: BTreeSet<u64> = wanted.keys().map(|replica| replica.0).collect();
-        if let Some((replica, node)) = wanted.iter().find(|(replica, _)| !members.nodes.contains_key(&replica.0)) {
+        let wanted_ids: BTreeSet<u64> = wanted.replicas.keys().map(|replica| replica.0).collect();
+        let mut others = wanted.replicas.iter();
+        if let Some((replica, node)) = others.find(|(replica, _)| !members.nodes.contains_key(&replica.0)) {
             let at = BTreeMap::from([(replica.0, ReplicaAt { node: node.0 })]);
             return self.change(ChangeMembers::AddNodes(at)).await;
         }
-        if members.voters != wanted_ids || members.is_joint {
-            let learners = wanted_ids.difference(&members.voters);
-            let lags = learners.map(|id| members.lags.get(id).copied().flatten().unwrap_or(u64::MAX));
-            if let Some(behind) = lags.max().filter(|behind| *behind > CAUGHT_UP_LAG_MAX) {
+        let lag = |id: &u64| members.lags.get(id).copied().flatten().unwrap_or(u64::MAX);
+        let behind = wanted_ids.difference(&members.voters).map(lag).max().filter(|lag| *lag > CAUGHT_UP_LAG_MAX);
+        let mut voters = wanted_ids.clone();
+        if wanted.one_by_one {
+            voters.retain(|id| members.voters.contains(id) || lag(id) <= CAUGHT_UP_LAG_MAX);
+        }
+        if members.voters != voters || members.is_joint {
+            if let Some(behind) = behind.filter(|_| !wanted.one_by_one || voters.is_empty()) {
                 return Ok(MembersStep::CatchingUp { behind });
             }
-            if !wanted_ids.contains(&self.replica().0) {
-                return self.leave(&members, wanted_ids).await;
+            if !voters.contains(&self.replica().0) {
+                return self.leave(&members, voters, &wanted.reachable).await;
             }
-            return self.change(ChangeMembers::ReplaceAllVoters(wanted_ids)).await;
+            return self.change(ChangeMembers::ReplaceAllVoters(voters)).await;
         }
         let surplus: BTreeSet<u64> = members.nodes.keys().copied().filter(|id| !wanted_ids.contains(id)).collect();
-        if surplus.is_empty() {
-            return Ok(MembersStep::Done);
+        if !surplus.is_empty() {
+            return self.change(ChangeMembers::RemoveNodes(surplus)).await;
         }
-        self.change(ChangeMembers::RemoveNodes(surplus)).await
+        match behind {
+            Some(behind) => Ok(MembersStep::CatchingUp { behind }),
+            None if members.is_committed => Ok(MembersStep::Done),
+            None => Ok(MembersStep::Changed),
+        }
     }
 
     /// This replica leads and is not to stay.
-    async fn leave(&self, members: &Members, mut wanted: BTreeSet<u64>) -> Result<MembersStep, ProposeError> {
+    async fn leave(
+        &self,
+        members: &Members,
+        mut wanted: BTreeSet<u64>,
+        reachable: &BTreeSet<NodeId>,
+    ) -> Result<MembersStep, ProposeError> {
         let lag = |id: &u64| members.lags.get(id).copied().flatten();
-        let staying = wanted.iter().filter(|id| members.voters.contains(id) && **id != self.replica().0);
+        let is_reachable = |id: &u64| members.nodes.get(id).is_some_and(|at| reachable.contains(&NodeId(at.node)));
+        let staying = wanted.iter().filter(|id| members.voters.contains(id) && is_reachable(id));
         let heir = staying.filter_map(|id| Some((lag(id)?, *id))).min();
         match heir {
             Some((behind, heir)) if behind <= CAUGHT_UP_LAG_MAX => {

@@ -346,7 +346,7 @@ impl Broker {
         loop {
             let published = self.metadata.published();
             let elsewhere = |at: &wire::PartitionPlacement| {
-                at.replicas.len() > 1 && !at.replicas.iter().any(|at| at.node == self.node.0)
+                (at.replicas.len() > 1 || !at.target.is_empty()) && !at.replicas.iter().any(|at| at.node == self.node.0)
             };
             if published.state.topics().any(|topic| topic.partitions.iter().any(elsewhere)) {
                 let reports = self.reports().await;
@@ -377,8 +377,8 @@ impl Broker {
             }
             let away = self.led_for_others(&reachable_since);
             let reports = if away.is_empty() { Vec::new() } else { self.reports().await };
-            let slow: Vec<NodeId> = reports.iter().filter(|(_, report)| report.slow).map(|(node, _)| *node).collect();
-            for (partition, heir) in away.into_iter().filter(|(_, heir)| !slow.contains(heir)) {
+            let is_well = |node: NodeId| reports.iter().any(|(known, report)| *known == node && !report.slow);
+            for (partition, heir) in away.into_iter().filter(|(_, heir)| is_well(*heir)) {
                 if let Err(cause) = partition.group().transfer_leader(heir).await {
                     tracing::debug!(group = partition.group_id().0, %cause, "leadership not given back");
                 }

@@ -179,8 +179,8 @@ impl control_server::Control for Control {
         &self,
         request: Request<wire::ClusterStatusRequest>,
     ) -> Result<Response<wire::ClusterStatusResponse>, Status> {
-        self.session(&request)?;
-        Ok(Response::new(self.broker.cluster_status().await))
+        let session = self.session(&request)?;
+        Ok(Response::new(self.broker.cluster_status(&session).await))
     }
 
     async fn add_node(
@@ -254,7 +254,7 @@ impl control_server::Control for Control {
 }
 
 impl Broker {
-    async fn cluster_status(&self) -> wire::ClusterStatusResponse {
+    async fn cluster_status(&self, session: &Session) -> wire::ClusterStatusResponse {
         let reports = self.reports().await;
         let published = self.metadata.published();
         let (topic_count, partition_count, leaderless_count) = Self::counts(&published.state, &reports);
@@ -280,7 +280,12 @@ impl Broker {
             topic_count,
             partition_count,
             leaderless_count,
-            moves: Self::move_statuses(&published.state, &reports),
+            // Other tenants' names are for those who run the cluster.
+            moves: if session.administers_cluster() {
+                Self::move_statuses(published.state.topics(), &reports)
+            } else {
+                Self::move_statuses(published.state.topics_of(&session.tenant), &reports)
+            },
             unsafe_recoveries: published.state.unsafe_recoveries().to_vec(),
         }
     }

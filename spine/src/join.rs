@@ -2,14 +2,18 @@
 //!
 //! ```text
 //!   its log is here                                      that one
-//!   no log; most configured nodes have none either       a new cluster: its own number
+//!   nothing here, nor on any other configured node       a new cluster: its own number
 //!   no log; a cluster stands, the node was added to it
 //!     and never seen                                     the one that it was given
 //!     and seen before: its data is lost                  a new one, and new ones of all partitions
 //!   its log may not be trusted                           a new one
 //!   no log; a cluster stands that does not know it       wait until it is added
-//!   no log; too few nodes answer                         wait: a lost disk must not vote again
+//!   no log; some node does not answer, or knows of a     wait: a lost disk must not vote again
+//!     cluster and has no leader now
 //! ```
+//!
+//! A cluster is formed when all configured nodes have opened their replicas. A node is seen when it has caught up
+//! with the metadata; before that no log of a partition is made on it.
 //!
 //! A replica that lost its log has lost its votes and what it acknowledged. Under its old id it could
 //! break promises that others rely on; under a new one it is a learner that copies the log first.
@@ -92,21 +96,28 @@ pub(crate) async fn open_metadata(
     let place = match newest {
         Some(replica) => Place { replica, forms: replica.0 == node.0 },
         None => {
-            host.on_forward(Arc::new(|_, kind, _| {
-                Box::pin(async move {
-                    let fresh = Who { fresh: true, ..Who::default() };
-                    if kind == WHO_KIND { Ok(fresh.encode_to_vec().into()) } else { Err("node is starting".to_owned()) }
-                })
-            }));
             // Without that file nobody knows which logs should be here.
             let all = !store.placed().is_ok_and(|bound| bound > ReplicaId(0));
-            find_place(host, node, nodes, Loss { replica: None, all }).await
+            let forms = all && logs.is_empty();
+            host.on_forward(Arc::new(move |_, kind, _| {
+                Box::pin(async move {
+                    let fresh = Who { fresh: true, ..Who::default() };
+                    let answers = forms && kind == WHO_KIND;
+                    if answers { Ok(fresh.encode_to_vec().into()) } else { Err("node is starting".to_owned()) }
+                })
+            }));
+            let place = find_place(host, node, nodes, Loss { replica: None, all, forms }).await;
+            if !place.forms && all {
+                // Replicas with lower numbers that were placed here are lost, if they ever had a log.
+                store.set_placed(place.replica).map_err(io)?;
+            }
+            place
         }
     };
     match MetadataGroup::open(host, node, nodes, place).await {
         Err(OpenError::Quarantined { replica, reason, .. }) if nodes.len() > 1 => {
             tracing::error!(replica = replica.0, reason, "the metadata here may not be trusted: copying it anew");
-            let place = find_place(host, node, nodes, Loss { replica: Some(replica), all: false }).await;
+            let place = find_place(host, node, nodes, Loss { replica: Some(replica), all: false, forms: false }).await;
             host.delete(GroupId::METADATA, replica).await.map_err(io)?;
             MetadataGroup::open(host, node, nodes, place).await
         }
@@ -121,6 +132,8 @@ struct Loss {
     replica: Option<ReplicaId>,
     /// Whether its partitions are lost too.
     all: bool,
+    /// Whether it may be one of those that form a cluster: there is nothing here at all.
+    forms: bool,
 }
 
 async fn find_place(host: &Host, node: NodeId, nodes: &[wire::NodeInfo], loss: Loss) -> Place {
@@ -142,9 +155,8 @@ async fn find_place(host: &Host, node: NodeId, nodes: &[wire::NodeInfo], loss: L
                 return Place { replica, forms: false };
             }
         }
-        let fresh_count = 1 + answers.iter().filter(|(_, who)| who.fresh).count();
-        let is_known = answers.iter().any(|(_, who)| who.formed);
-        if loss.replica.is_none() && !is_known && fresh_count > nodes.len() / 2 {
+        let fresh_count = answers.iter().filter(|(_, who)| who.fresh).count();
+        if loss.forms && fresh_count == others.len() {
             return Place { replica: ReplicaId(node.0), forms: true };
         }
         if Instant::now() >= news_due {
@@ -179,6 +191,9 @@ impl MetadataGroup {
             Some(_) if status.is_leader => {
                 self.group().confirm_leader().await.map_err(|cause| cause.to_string())?;
                 let published = self.published();
+                if published.state.nodes().is_empty() && self.is_fresh() {
+                    return Ok(Who { fresh: true, ..Who::default() }.encode_to_vec().into());
+                }
                 let info = published.state.nodes().iter().find(|info| info.node == node);
                 Who {
                     fresh: false,
@@ -189,10 +204,12 @@ impl MetadataGroup {
             }
             Some(leader) if may_ask => {
                 let answer = self.host().forward(leader, WHO_LEADER_KIND, body).await;
-                return answer.map_err(|cause| cause.to_string());
+                let answer = answer.map_err(|cause| cause.to_string())?;
+                // The leader speaks of the cluster; whether this node is fresh, only this node knows.
+                let is_fresh = Who::decode(answer.clone()).is_ok_and(|who| who.fresh);
+                return if is_fresh && !self.is_fresh() { Err("a cluster stands".to_owned()) } else { Ok(answer) };
             }
-            // Not even the membership that forming a cluster begins with.
-            None if self.group().log().last().is_none() => Who { fresh: true, ..Who::default() },
+            None if self.is_fresh() => Who { fresh: true, ..Who::default() },
             _ => return Err("no leader of the metadata group is known".to_owned()),
         };
         Ok(who.encode_to_vec().into())

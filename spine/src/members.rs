@@ -11,13 +11,13 @@
 //! Everything goes by the metadata and the group's log as they are now, so whoever leads next goes on.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, PoisonError},
     time::Duration,
 };
 
 use arqon_proto::{GroupId, NodeId, ReplicaId, wire};
-use arqon_raft::{Group, MembersStep};
+use arqon_raft::{Group, MembersStep, WantedMembers};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures_util::{StreamExt, stream};
 use prost::Message;
@@ -33,6 +33,8 @@ use crate::{
 /// The kind under which the leader of a partition is asked to hand over.
 pub(crate) const TRANSFER_KIND: &str = "transfer-leader";
 
+/// The phase of a change whose new replica has not answered.
+const WAITS: &str = "waits for the new replica";
 /// How often a change is looked at while there is one, and while there is none.
 const BUSY_INTERVAL: Duration = Duration::from_millis(200);
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -70,7 +72,7 @@ pub(crate) struct Progress {
 /// A group led here whose members are to change.
 struct Change {
     group: Group,
-    wanted: BTreeMap<ReplicaId, NodeId>,
+    wanted: WantedMembers,
     /// What the metadata is told when it is done.
     finish: Option<wire::FinishMoveCommand>,
 }
@@ -81,10 +83,18 @@ impl Broker {
         let mut stopping = self.stopping.subscribe();
         let mut published = self.metadata.watch();
         loop {
-            let state = published.borrow_and_update().clone();
-            let changes = self.changes(&state.state);
+            let mut state = published.borrow_and_update().clone();
+            let mut changes = self.changes(&state.state);
             let interval = if changes.is_empty() { IDLE_INTERVAL } else { BUSY_INTERVAL };
             let round = async {
+                if !changes.is_empty() {
+                    // What was wanted before is not brought back: its replica may be gone.
+                    if !self.metadata.refresh().await {
+                        return sleep(interval).await;
+                    }
+                    state = published.borrow_and_update().clone();
+                    changes = self.changes(&state.state);
+                }
                 self.forget_moves(&state.state);
                 stream::iter(changes).for_each_concurrent(CHANGE_COUNT_MAX, |change| self.step(change)).await;
                 sleep(interval).await;
@@ -100,18 +110,35 @@ impl Broker {
         if self.metadata.is_starting() {
             return Vec::new();
         }
+        let nodes = state.nodes().iter().map(|info| NodeId(info.node));
+        let reachable: BTreeSet<NodeId> = nodes.filter(|node| self.host.peer_reachable(*node)).collect();
         let is_reachable = |wanted: &BTreeMap<ReplicaId, NodeId>, group: &Group| {
             let voters = group.voters();
             let mut new = wanted.iter().filter(|(replica, _)| !voters.contains_key(replica));
-            new.all(|(_, node)| self.host.peer_reachable(*node))
+            new.all(|(_, node)| reachable.contains(node))
         };
         let mut changes = Vec::new();
         let metadata = self.metadata.group();
-        let wanted: BTreeMap<_, _> =
-            state.nodes().iter().map(|info| (ReplicaId(metadata_replica(info)), NodeId(info.node))).collect();
-        if metadata.is_ready() && !metadata.has_members(&wanted) && is_reachable(&wanted, metadata) {
-            changes.push(Change { group: metadata.clone(), wanted, finish: None });
+        if metadata.is_ready() {
+            let voters = metadata.voters();
+            let all = state.nodes().iter().map(|info| (ReplicaId(metadata_replica(info)), NodeId(info.node)));
+            // One that is away keeps nobody else from becoming a voter.
+            let replicas: BTreeMap<_, _> =
+                all.filter(|(replica, node)| voters.contains_key(replica) || reachable.contains(node)).collect();
+            if !metadata.has_members(&replicas) {
+                let wanted = WantedMembers { replicas, reachable: reachable.clone(), one_by_one: true };
+                changes.push(Change { group: metadata.clone(), wanted, finish: None });
+            }
         }
+        let waiting: Vec<u64> = self
+            .moves
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .filter(|progress| progress.phase == WAITS)
+            .map(|progress| progress.group)
+            .collect();
+        let mut copying_count = 0;
         for placement in state.topics().flat_map(|topic| &topic.partitions) {
             let Some(partition) = self.replicas.get(GroupId(placement.group)) else { continue };
             let group = partition.group();
@@ -121,12 +148,16 @@ impl Broker {
             let wanted: BTreeMap<_, _> =
                 wanted_replicas(placement).iter().map(|at| (ReplicaId(at.replica), NodeId(at.node))).collect();
             let is_moving = !placement.target.is_empty();
-            if changes.len() < CHANGE_COUNT_MAX
+            // Those that wait for a replica that does not answer keep no others from their turn.
+            let is_waiting = waiting.contains(&placement.group);
+            if (is_waiting || copying_count < CHANGE_COUNT_MAX)
                 && (is_moving || !group.has_members(&wanted))
                 && is_reachable(&wanted, group)
             {
+                copying_count += usize::from(!is_waiting);
                 let target = placement.target.iter().map(|at| at.replica).collect();
                 let finish = is_moving.then_some(wire::FinishMoveCommand { group: placement.group, target });
+                let wanted = WantedMembers { replicas: wanted, reachable: reachable.clone(), one_by_one: false };
                 changes.push(Change { group: group.clone(), wanted, finish });
             }
         }
@@ -148,7 +179,7 @@ impl Broker {
                 }
                 ("ends".to_owned(), 0)
             }
-            Ok(MembersStep::CatchingUp { behind: u64::MAX }) => ("waits for the new replica".to_owned(), 0),
+            Ok(MembersStep::CatchingUp { behind: u64::MAX }) => (WAITS.to_owned(), 0),
             Ok(MembersStep::CatchingUp { behind }) => ("copies the log".to_owned(), behind),
             Ok(MembersStep::HandedOver) => ("hands leadership over".to_owned(), 0),
             Ok(MembersStep::Changed) => ("changes the voters".to_owned(), 0),
@@ -210,6 +241,7 @@ impl Broker {
         }
         let command = wire::PreferLeaderCommand { group: placement.group, node: to.0 };
         self.metadata.submit(Command::PreferLeader(command)).await?;
+        self.metadata.refresh().await;
         let mut request = BytesMut::new();
         request.put_u64_le(placement.group);
         request.put_u64_le(to.0);
@@ -243,9 +275,12 @@ impl Broker {
     }
 
     /// The changes of replicas under way, as far as `reports` tell.
-    pub(crate) fn move_statuses(state: &MetadataState, reports: &[(NodeId, Report)]) -> Vec<wire::MoveStatus> {
+    pub(crate) fn move_statuses<'a>(
+        topics: impl Iterator<Item = &'a Arc<Topic>>,
+        reports: &[(NodeId, Report)],
+    ) -> Vec<wire::MoveStatus> {
         let mut statuses = Vec::new();
-        for topic in state.topics() {
+        for topic in topics {
             for (partition, at) in topic.partitions.iter().enumerate().filter(|(_, at)| !at.target.is_empty()) {
                 let nodes = |list: &[wire::ReplicaNode], other: &[wire::ReplicaNode]| {
                     let is_new = |at: &&wire::ReplicaNode| other.iter().all(|known| known.replica != at.replica);
@@ -293,7 +328,10 @@ impl Broker {
             let message = format!("node {node} cannot remove itself: ask another node with --server");
             return Err(wire::Error { field: "node".into(), ..error(ErrorCode::ValidationError, message) });
         }
-        self.metadata.submit(command).await
+        self.metadata.submit(command).await?;
+        // Whoever asks this node next sees it.
+        self.metadata.refresh().await;
+        Ok(())
     }
 }
 

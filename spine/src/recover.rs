@@ -26,6 +26,12 @@ use crate::{
     state::PartitionMachine,
 };
 
+/// Whether most voters of a group are on lost nodes.
+fn is_lost(replica: &OfflineReplica, lost: &BTreeSet<u64>) -> bool {
+    let left = replica.voters().values().filter(|node| !lost.contains(&node.0)).count();
+    left <= replica.voters().len() / 2
+}
+
 /// Why there is no recovery: one line.
 #[derive(Debug, thiserror::Error)]
 pub enum RecoverError {
@@ -63,6 +69,8 @@ pub struct LostPartition {
     pub group: GroupId,
     /// Node that goes on with it.
     pub keeper: NodeId,
+    /// Its replica there, if the keeper is this node.
+    pub replica: Option<ReplicaId>,
     /// What its replica here has, if the keeper is this node.
     pub kept: Option<Kept>,
     /// No replica is left: all its events are lost.
@@ -122,8 +130,7 @@ impl UnsafeRecovery {
         if lost.contains(&keeper.0) || !known.contains(&keeper.0) {
             return Err(refuse("--keep", format!("node {keeper} is not a survivor")));
         }
-        let left = metadata.voters().values().filter(|node| !lost.contains(&node.0)).count();
-        if left > metadata.voters().len() / 2 {
+        if !is_lost(&metadata, &lost) {
             let problem = "most nodes are left: start them; `arqon cluster decommission` replaces the others";
             return Err(refuse("--lost", problem.to_owned()));
         }
@@ -137,10 +144,20 @@ impl UnsafeRecovery {
             for (index, placement) in topic.partitions.iter().enumerate() {
                 let is_left = |at: &&wire::ReplicaNode| !self.lost.contains(&at.node);
                 let is_majority = |list: &[wire::ReplicaNode]| list.iter().filter(is_left).count() > list.len() / 2;
-                if is_majority(&placement.replicas) && is_majority(wanted_replicas(placement)) {
+                let here = self.open_here(placement)?;
+                // The log knows best who votes; the metadata does where there is none.
+                let has_majority = match &here {
+                    Some(replica) => !is_lost(replica, &self.lost),
+                    None => is_majority(&placement.replicas) && is_majority(wanted_replicas(placement)),
+                };
+                if has_majority {
                     continue;
                 }
-                let left: BTreeSet<u64> = placement.replicas.iter().filter(is_left).map(|at| at.node).collect();
+                let known = placement.replicas.iter().chain(&placement.target).chain(&placement.extra);
+                let mut left: BTreeSet<u64> = known.filter(is_left).map(|at| at.node).collect();
+                if here.is_none() {
+                    left.remove(&self.node.0);
+                }
                 let keeper = if left.contains(&self.keeper.0) { Some(self.keeper.0) } else { left.first().copied() };
                 let mut lost = LostPartition {
                     tenant: topic.config.tenant.clone(),
@@ -148,14 +165,14 @@ impl UnsafeRecovery {
                     partition: index as u32,
                     group: GroupId(placement.group),
                     keeper: NodeId(keeper.unwrap_or(self.keeper.0)),
+                    replica: None,
                     kept: None,
                     is_empty: keeper.is_none(),
                 };
                 if keeper == Some(self.node.0)
-                    && let Some(replica) = replica_on(placement, self.node.0)
+                    && let Some(replica) = here
                 {
-                    let machine = Box::new(PartitionMachine::default());
-                    let replica = OfflineReplica::open(&self.store, lost.group, ReplicaId(replica), machine)?;
+                    lost.replica = Some(replica.replica());
                     let (start, end) = replica.offsets();
                     let certain = replica.committed_offset().map_err(|source| self.failed(source))?;
                     lost.kept = Some(Kept { start, certain, end });
@@ -165,6 +182,24 @@ impl UnsafeRecovery {
             }
         }
         Ok(())
+    }
+
+    /// The replica of a partition on this node; none when its log is gone or may not be trusted.
+    fn open_here(&self, placement: &wire::PartitionPlacement) -> Result<Option<OfflineReplica>, RecoverError> {
+        let group = GroupId(placement.group);
+        let Some(replica) = replica_on(placement, self.node.0).map(ReplicaId) else { return Ok(None) };
+        if !self.store.has_log(group, replica).map_err(|source| self.failed(source))? {
+            return Ok(None);
+        }
+        match OfflineReplica::open(&self.store, group, replica, Box::new(PartitionMachine::default())) {
+            Ok(replica) if replica.voters().is_empty() => Ok(None),
+            Ok(replica) => Ok(Some(replica)),
+            Err(OpenError::Quarantined { reason, .. }) => {
+                tracing::warn!(group = group.0, reason, "a replica here may not be trusted and does not count");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn failed(&self, source: io::Error) -> RecoverError {
@@ -199,6 +234,7 @@ impl UnsafeRecovery {
                 kept_offset: lost.kept.map_or(0, |kept| kept.end.0),
                 empty: lost.is_empty,
                 node: lost.keeper.0,
+                replica: lost.replica.map_or(0, |replica| replica.0),
             };
             let command = wire::UnsafeRecoveryCommand {
                 lost: self.lost.iter().copied().collect(),

@@ -189,13 +189,16 @@ impl Replicas {
     ) {
         let mut published = metadata.watch();
         loop {
-            let caught_up = !metadata.is_starting();
+            let is_starting = metadata.is_starting();
             let current = published.borrow_and_update().clone();
+            // Until the cluster has seen this node, a lost disk could not be told from a new one.
+            let is_seen = |info: &wire::NodeInfo| info.node == self.node.0 && info.seen;
+            let caught_up = !is_starting && current.state.nodes().iter().any(is_seen);
             self.reconcile(&current.state, caught_up, &services).await;
             let failed = self.retry_wanted();
             tokio::select! {
                 changed = published.changed() => if changed.is_err() { return },
-                () = metadata.caught_up(), if !caught_up => {}
+                () = metadata.caught_up(), if is_starting => {}
                 () = sleep(OPEN_RETRY_DELAY), if failed => {}
                 _ = stopping.wait_for(|stopping| *stopping) => return,
             }

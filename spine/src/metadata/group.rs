@@ -24,9 +24,13 @@ pub(crate) const FORWARD_KIND: &str = "metadata";
 pub(crate) const COMMITTED_KIND: &str = "metadata-committed";
 /// How long a command may take, elections included.
 const SUBMIT_PATIENCE: Duration = Duration::from_secs(10);
+const REFRESH_PATIENCE: Duration = Duration::from_secs(5);
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// A new lease key takes over after this time under one leader.
 const LEASE_KEY_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+/// Elections and their first entries before the first command of a cluster, at most.
+const FRESH_COUNT_MAX: u64 = 64;
 
 const OUTCOME_OK: u8 = 0;
 const OUTCOME_REFUSED: u8 = 1;
@@ -178,6 +182,7 @@ pub(crate) struct MetadataGroup {
     host: Host,
     group: Group,
     published: watch::Receiver<Arc<Published>>,
+    forms: bool,
     /// Whether everything is applied here that was committed when this node started.
     caught_up: Arc<watch::Sender<bool>>,
 }
@@ -204,12 +209,23 @@ impl MetadataGroup {
             followers_act: true,
         };
         let group = host.open(spec, Box::new(machine)).await?;
-        Ok(Self { node, host: host.clone(), group, published, caught_up: Arc::default() })
+        Ok(Self { node, forms, host: host.clone(), group, published, caught_up: Arc::default() })
     }
 
     /// The Raft group.
     pub(crate) fn group(&self) -> &Group {
         &self.group
+    }
+
+    /// Whether this replica may have been made to form a cluster and no command of one stands in its log.
+    pub(crate) fn is_fresh(&self) -> bool {
+        let log = self.group.log();
+        let end = log.last().map_or(0, |last| last.index.0 + 1);
+        if !self.forms || end > FRESH_COUNT_MAX {
+            return false;
+        }
+        let entries = log.entries(RaftIndex(0)..RaftIndex(end), usize::MAX);
+        entries.is_ok_and(|entries| entries.iter().all(|entry| entry.header.kind == BatchKind::Raft))
     }
 
     /// All groups of this node.
@@ -248,7 +264,7 @@ impl MetadataGroup {
     /// What the state machine refuses; OVERLOADED when no leader was found in time, and
     /// UNKNOWN_OUTCOME when one was but did not answer.
     pub(crate) async fn submit(&self, command: Command) -> Result<(), wire::Error> {
-        let deletes = matches!(command, Command::DeleteTopic(_));
+        let done_before = refused_when_done(&command);
         let bytes = Bytes::from(wire::MetadataCommand { command: Some(command) }.encode_to_vec());
         let deadline = Instant::now() + SUBMIT_PATIENCE;
         let mut may_be_done = false;
@@ -257,8 +273,8 @@ impl MetadataGroup {
             match answer {
                 Err(refused) if refused.code() == ErrorCode::NotLeader => {}
                 Err(refused) if refused.code() == ErrorCode::UnknownOutcome => may_be_done = true,
-                // A deletion that was carried out before its answer got lost.
-                Err(refused) if deletes && may_be_done && refused.code() == ErrorCode::TargetNotFound => return Ok(()),
+                // Carried out before its answer got lost.
+                Err(refused) if may_be_done && done_before == Some(refused.code()) => return Ok(()),
                 answer => return answer,
             }
             if Instant::now() >= deadline {
@@ -335,6 +351,14 @@ impl MetadataGroup {
         answer.try_get_u64_le().ok().map(RaftIndex)
     }
 
+    /// Waits until everything is applied here that is committed now; false when nobody can tell what that is.
+    pub(crate) async fn refresh(&self) -> bool {
+        let Some(committed) = self.ask_committed().await else { return false };
+        let mut readable = self.group.readable();
+        let applied = readable.wait_for(|readable| readable.index >= Some(committed));
+        timeout(REFRESH_PATIENCE, applied).await.is_ok_and(|applied| applied.is_ok())
+    }
+
     // Returns when everything is applied here that was committed at some time after the start.
     async fn catch_up(&self) {
         let committed = loop {
@@ -404,6 +428,11 @@ impl MetadataGroup {
         loop {
             let published = self.published();
             let command = if published.state.nodes().is_empty() {
+                // Each of them has opened its replica then, and none is taken for a lost one later.
+                if !nodes.iter().all(|info| info.node == self.node.0 || self.group.is_caught_up(NodeId(info.node))) {
+                    sleep(RETRY_DELAY).await;
+                    continue;
+                }
                 Command::FormCluster(wire::FormClusterCommand { nodes: nodes.to_vec() })
             } else if published.lease_keys.is_empty() || Instant::now() >= key_due {
                 match new_lease_key(&published.state) {
@@ -431,6 +460,15 @@ impl MetadataGroup {
                 }
             }
         }
+    }
+}
+
+/// How a command is refused that was carried out already.
+fn refused_when_done(command: &Command) -> Option<ErrorCode> {
+    match command {
+        Command::DeleteTopic(_) | Command::RemoveNode(_) => Some(ErrorCode::TargetNotFound),
+        Command::MovePartition(_) => Some(ErrorCode::AlreadyExists),
+        _ => None,
     }
 }
 

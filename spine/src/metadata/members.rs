@@ -1,17 +1,20 @@
 //! The commands that change nodes and where replicas are.
 //!
 //! ```text
-//!   replicas [1 2 3]  target []          settled
+//!   replicas [1 2 3]  target []        extra []     settled
 //!        │ move, drain, add, replace
 //!        ▼
-//!   replicas [1 2 3]  target [1 2 9]     the partition's leader makes 9 a learner, waits, changes the voters
-//!        │                │ cancel: back to [1 2 3]
+//!   replicas [1 2 3]  target [1 2 9]   extra []     the leader makes 9 a learner, waits, changes the voters
+//!        │                │ cancel
+//!        │                ▼
+//!        │            target [1 2 3]   extra [9]    9 may vote by now: it stays until it does not
 //!        ▼ finish
-//!   replicas [1 2 9]  target []
+//!   replicas [1 2 9]  target []        extra []
 //! ```
 //!
-//! A replica's data stays as long as either list has it. Replica ids are never used twice: one
-//! that lost what it had promised gets a new id, and so counts as another.
+//! A replica's data stays as long as any list has it: until the leader has seen it out of the group's members
+//! by a committed entry. Replica ids are never used twice: one that lost what it had promised gets a new id, and
+//! so counts as another.
 
 use std::sync::Arc;
 
@@ -20,6 +23,8 @@ use arqon_proto::{OPERATOR_TOPIC, SYSTEM_TENANT, wire};
 use super::{MetadataState, Topic};
 use crate::error::{error, invalid, not_found};
 
+/// Groups and replicas that lost nodes may have known of, at most.
+const UNKNOWN_COUNT_MAX: u64 = 1 << 32;
 /// Nodes of a cluster: all of them vote in the metadata group.
 const NODE_COUNT_MAX: usize = 32;
 
@@ -40,8 +45,25 @@ pub fn wanted_replicas(placement: &wire::PartitionPlacement) -> &[wire::ReplicaN
 /// place, the latter.
 #[must_use]
 pub fn replica_on(placement: &wire::PartitionPlacement, node: u64) -> Option<u64> {
-    let mut all = placement.target.iter().chain(&placement.replicas);
-    all.find(|at| at.node == node).map(|at| at.replica)
+    known_on(placement, node).map(|at| at.replica)
+}
+
+fn known_on(placement: &wire::PartitionPlacement, node: u64) -> Option<&wire::ReplicaNode> {
+    // A lost one stands in `replicas` alone.
+    let mut all = placement.target.iter().chain(&placement.extra).chain(&placement.replicas);
+    all.find(|at| at.node == node)
+}
+
+/// Changes what is wanted. Replicas that were to come and may have come stay known, but for those that
+/// are `lost`.
+fn retarget(placement: &mut wire::PartitionPlacement, target: Vec<wire::ReplicaNode>, lost: Option<u64>) {
+    let before = std::mem::replace(&mut placement.target, target);
+    placement.extra.extend(before);
+    let is_known = |at: &wire::ReplicaNode| {
+        let mut others = placement.target.iter().chain(&placement.replicas);
+        others.any(|other| other.replica == at.replica) || lost == Some(at.replica)
+    };
+    placement.extra.retain(|at| !is_known(at));
 }
 
 impl MetadataState {
@@ -114,7 +136,7 @@ impl MetadataState {
         for placement in self.everywhere() {
             let mut target = wanted_replicas(placement).to_vec();
             target.push(at.clone());
-            placement.target = target;
+            retarget(placement, target, None);
         }
         Ok(())
     }
@@ -132,12 +154,8 @@ impl MetadataState {
 
     pub(super) fn remove_node(&mut self, node: u64) -> Result<(), wire::Error> {
         self.node("node", node)?;
-        let is_there = |at: &wire::ReplicaNode| at.node == node;
-        let count = self
-            .topics()
-            .flat_map(|topic| &topic.partitions)
-            .filter(|at| at.replicas.iter().any(is_there) || at.target.iter().any(is_there))
-            .count();
+        let all = self.topics().flat_map(|topic| &topic.partitions);
+        let count = all.filter(|at| known_on(at, node).is_some()).count();
         if count > 0 {
             return Err(invalid("node", format!("node {node} has {count} replicas; decommission it first")));
         }
@@ -156,9 +174,10 @@ impl MetadataState {
             for placement in self.placements() {
                 let has = |list: &[wire::ReplicaNode]| list.iter().any(|at| at.node == node);
                 if has(&placement.replicas) && !placement.target.is_empty() && !has(&placement.target) {
-                    placement.target.clear();
+                    take_back(placement);
                 }
             }
+            self.extend_everywhere(node);
             return Ok(());
         }
         let staying: Vec<u64> =
@@ -184,10 +203,23 @@ impl MetadataState {
         self.set_leaving(node, true);
         for placement in self.everywhere() {
             let target: Vec<_> = wanted_replicas(placement).iter().filter(|at| at.node != node).cloned().collect();
-            placement.target = target;
+            retarget(placement, target, None);
         }
         self.move_all_from(node);
         Ok(())
+    }
+
+    /// Gives the node what every node has a replica of, where it has none.
+    fn extend_everywhere(&mut self, node: u64) {
+        let mut next_replica = self.next_replica;
+        for placement in self.everywhere() {
+            let mut target = wanted_replicas(placement).to_vec();
+            if target.iter().all(|at| at.node != node) {
+                target.push(replica_for(placement, node, "", &mut next_replica));
+                retarget(placement, target, None);
+            }
+        }
+        self.next_replica = next_replica;
     }
 
     fn set_leaving(&mut self, node: u64, leaving: bool) {
@@ -206,9 +238,8 @@ impl MetadataState {
             least.0 += 1;
             let info = addresses.iter().find(|info| info.node == least.1);
             let peer_address = info.map(|info| info.peer_address.clone()).unwrap_or_default();
-            target[at] = wire::ReplicaNode { replica: next_replica, node: least.1, peer_address };
-            next_replica += 1;
-            placement.target = target;
+            target[at] = replica_for(placement, least.1, &peer_address, &mut next_replica);
+            retarget(placement, target, None);
         }
         self.next_replica = next_replica;
     }
@@ -229,11 +260,13 @@ impl MetadataState {
         }
         let mut next_replica = self.next_replica;
         for placement in self.placements() {
+            placement.extra.retain(|at| at.node != command.node);
             let mut target = wanted_replicas(placement).to_vec();
             let Some(at) = target.iter_mut().find(|at| at.node == command.node) else { continue };
+            let lost = at.replica;
             at.replica = next_replica;
             next_replica += 1;
-            placement.target = target;
+            retarget(placement, target, Some(lost));
         }
         self.next_replica = next_replica;
         Ok(())
@@ -261,7 +294,7 @@ impl MetadataState {
         let Some(at) = placement.replicas.iter().position(|at| at.node == command.from) else {
             return Err(invalid("from", format!("the partition has no replica on node {}", command.from)));
         };
-        if placement.replicas.iter().any(|at| at.node == command.to) {
+        if known_on(placement, command.to).is_some() {
             return Err(invalid("to", format!("the partition has a replica on node {} already", command.to)));
         }
         placement.target = placement.replicas.clone();
@@ -275,7 +308,7 @@ impl MetadataState {
         if placement.target.is_empty() {
             return Err(invalid("cancel", "the partition is not being moved"));
         }
-        placement.target.clear();
+        take_back(placement);
         Ok(())
     }
 
@@ -287,7 +320,7 @@ impl MetadataState {
             return Err(not_found("replica", &format!("{} of group {}", command.replica, command.group)));
         };
         at.replica = replica;
-        placement.target = target;
+        retarget(placement, target, Some(command.replica));
         self.next_replica += 1;
         Ok(())
     }
@@ -300,6 +333,7 @@ impl MetadataState {
             return Err(error(wire::ErrorCode::AlreadyExists, "the partition has another target by now"));
         }
         placement.replicas = std::mem::take(&mut placement.target);
+        placement.extra.clear();
         placement.changed = true;
         Ok(())
     }
@@ -347,29 +381,28 @@ impl MetadataState {
     /// The lost nodes are gone, and every partition has the replicas that are left.
     pub(super) fn recover_unsafely(&mut self, command: wire::UnsafeRecoveryCommand) -> Result<(), wire::Error> {
         self.nodes.retain(|info| !command.lost.contains(&info.node));
-        let mut next_replica = self.next_replica;
+        // The lost nodes may have given numbers away that nobody here has heard of.
+        self.next_group += UNKNOWN_COUNT_MAX;
+        let mut next_replica = self.next_replica + UNKNOWN_COUNT_MAX;
         for placement in self.placements() {
-            let left = |list: &[wire::ReplicaNode]| -> Vec<_> {
-                list.iter().filter(|at| !command.lost.contains(&at.node)).cloned().collect()
-            };
             let known = command.groups.iter().find(|known| known.group == placement.group);
-            placement.replicas = left(&placement.replicas);
-            placement.target = left(&placement.target);
             if let Some(known) = known.filter(|known| known.empty) {
                 // A group of its own begins here.
                 let at = wire::ReplicaNode { replica: next_replica, node: known.node, ..Default::default() };
                 next_replica += 1;
                 (placement.replicas, placement.changed) = (vec![at], false);
-                placement.target.clear();
             } else if let Some(known) = known {
-                let all = placement.replicas.iter().chain(&placement.target);
-                let kept = all.filter(|at| at.node == known.node).take(1).cloned().collect();
-                (placement.replicas, placement.changed) = (kept, true);
-                placement.target.clear();
+                let named = wire::ReplicaNode { replica: known.replica, node: known.node, ..Default::default() };
+                let kept = if known.replica == 0 { known_on(placement, known.node).cloned() } else { Some(named) };
+                (placement.replicas, placement.changed) = (kept.into_iter().collect(), true);
+            } else {
+                let mut target = wanted_replicas(placement).to_vec();
+                target.retain(|at| !command.lost.contains(&at.node));
+                retarget(placement, target, None);
+                continue;
             }
-            if placement.target == placement.replicas {
-                placement.target.clear();
-            }
+            placement.target.clear();
+            placement.extra.clear();
         }
         self.next_replica = next_replica;
         self.unsafe_recoveries.push(command);
@@ -393,6 +426,31 @@ impl MetadataState {
         placement.replicas[..=at].rotate_right(1);
         Ok(())
     }
+}
+
+/// Takes a change back: what was there is wanted again. A lost replica is not: the one in its place stays.
+fn take_back(placement: &mut wire::PartitionPlacement) {
+    let in_place = |at: &wire::ReplicaNode| {
+        let successor = placement.target.iter().find(|new| new.node == at.node);
+        successor.unwrap_or(at).clone()
+    };
+    let target = placement.replicas.iter().map(in_place).collect();
+    retarget(placement, target, None);
+}
+
+/// The replica that a partition gets on a node: the one that it had there of late, or a new one.
+fn replica_for(
+    placement: &wire::PartitionPlacement,
+    node: u64,
+    peer_address: &str,
+    next_replica: &mut u64,
+) -> wire::ReplicaNode {
+    let has_lost = placement.replicas.iter().any(|at| at.node == node);
+    if let Some(at) = placement.extra.iter().find(|at| at.node == node).filter(|_| !has_lost) {
+        return at.clone();
+    }
+    *next_replica += 1;
+    wire::ReplicaNode { replica: *next_replica - 1, node, peer_address: peer_address.to_owned() }
 }
 
 fn is_address(text: &str) -> bool {
@@ -517,8 +575,18 @@ mod tests {
         finish(&mut state);
         let before = placements(&state);
         drain(&mut state, 1, false).unwrap();
+        let moving = placements(&state);
         drain(&mut state, 1, true).unwrap();
-        assert_eq!(placements(&state), before);
+        // What was on its way may vote by now: it is kept until the leader says that it does not.
+        for (new, old) in placements(&state).iter().zip(&moving).filter(|(_, old)| !old.target.is_empty()) {
+            let came = old.target.iter().filter(|at| old.replicas.iter().all(|known| known.replica != at.replica));
+            assert_eq!(new.extra, came.cloned().collect::<Vec<_>>());
+        }
+        finish(&mut state);
+        let now = placements(&state);
+        assert!(now.iter().zip(&before).all(|(now, before)| now.replicas == before.replicas && now.extra.is_empty()));
+        let operators = &state.topic(SYSTEM_TENANT, OPERATOR_TOPIC).unwrap().partitions[0];
+        assert_eq!(operators.replicas.len(), 4, "every node reads it");
         assert!(state.nodes().iter().all(|info| !info.leaving));
     }
 
@@ -541,7 +609,10 @@ mod tests {
         run(&mut state, Command::CancelMove(wire::CancelMoveCommand { group })).unwrap();
         let late = wire::FinishMoveCommand { group, target: at.target.iter().map(|at| at.replica).collect() };
         assert!(run(&mut state, Command::FinishMove(late)).is_err());
+        assert_eq!(replica_on(&placements(&state)[0], 4), replica_on(&at, 4), "its data stays until it is no member");
+        finish(&mut state);
         assert_eq!(placements(&state)[0].replicas, at.replicas);
+        assert_eq!(replica_on(&placements(&state)[0], 4), None);
     }
 
     #[test]
@@ -564,7 +635,16 @@ mod tests {
         let replace = Command::ReplaceReplica(wire::ReplaceReplicaCommand { group, replica: lost });
         run(&mut state, replace.clone()).unwrap();
         assert!(run(&mut state, replace).is_err());
-        assert!(replica_on(&placements(&state)[0], 2).unwrap() > lost);
+        let successor = replica_on(&placements(&state)[0], 2).unwrap();
+        assert!(successor > lost);
+        // Neither a cancel nor a decommission brings a lost one back.
+        run(&mut state, Command::CancelMove(wire::CancelMoveCommand { group })).unwrap();
+        assert_eq!(replica_on(&placements(&state)[0], 2), Some(successor));
+        add(&mut state, 4);
+        drain(&mut state, 2, false).unwrap();
+        let all = placements(&state);
+        assert_eq!(replica_on(&all[0], 2), Some(successor));
+        assert!(all.iter().all(|at| at.extra.iter().all(|at| at.replica != lost)));
         let back = MetadataState::decode(&state.encode()).unwrap();
         assert_eq!(back, state);
     }

@@ -67,7 +67,7 @@ pub struct MetadataState {
     // By tenant and then name, so that a look-up needs no owned key.
     pub(super) topics: BTreeMap<String, BTreeMap<String, Arc<Topic>>>,
     lease_keys: Vec<wire::LeaseKeyState>,
-    next_group: u64,
+    pub(super) next_group: u64,
     pub(super) next_replica: u64,
     next_topic: u64,
     pub(super) unsafe_recoveries: Vec<wire::UnsafeRecoveryCommand>,
@@ -156,7 +156,8 @@ impl MetadataState {
         self.next_replica = nodes.last().map_or(1, |info| info.node + 1);
         self.next_group = 1;
         self.next_topic = 1;
-        self.nodes = nodes;
+        // Whoever forms a cluster has voted.
+        self.nodes = nodes.into_iter().map(|info| wire::NodeInfo { seen: true, ..info }).collect();
         let operators = wire::TopicConfig {
             tenant: SYSTEM_TENANT.to_owned(),
             name: OPERATOR_TOPIC.to_owned(),

@@ -338,9 +338,10 @@ impl Client {
             batch.encode_into(&mut raw);
         }
         let frame = wire::Frame { request_id: self.next_id, body: Some(body) };
-        let head = encode_frame(&frame, raw.len()).unwrap();
-        self.stream.write_all(&head).await.unwrap();
-        self.stream.write_all(&raw).await.unwrap();
+        let mut bytes = encode_frame(&frame, raw.len()).unwrap().to_vec();
+        bytes.extend_from_slice(&raw);
+        // Where the server has closed the connection, no answer comes.
+        let _ = self.stream.write_all(&bytes).await;
         self.next_id
     }
 

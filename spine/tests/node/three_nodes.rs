@@ -154,16 +154,16 @@ async fn dead_letters_find_their_topics_on_other_nodes() {
     cluster.shutdown().await;
 }
 
-/// The story: a node lost its disk and comes back while nobody can tell it of the cluster. What
+/// The story: a topic is made while a node is away, which comes back while nobody can tell it of that. What
 /// it does not know yet is no topic that does not exist: clients must go on asking.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_starts_does_not_deny_the_topics_that_exist() {
     let mut cluster = Cluster::start(3).await;
+    cluster.stop(2).await;
     cluster.create(0, "nvm.jobs", 1).await.unwrap();
-    for node in 0..3 {
+    for node in 0..2 {
         cluster.stop(node).await;
     }
-    std::fs::remove_dir_all(&cluster.configs[2].data).unwrap();
     cluster.restart(2).await;
     let mut client = cluster.connect(2, &cluster.admin()).await;
     let work = wire::Work {
