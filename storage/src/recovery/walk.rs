@@ -70,7 +70,7 @@ impl Opener<'_> {
             walked.stop_place = format!("{} byte {}", segment.segment.header.file_name(), segment.end);
             walked.segments.push_back(segment);
         }
-        if end.index < start {
+        if end.index < start && !matches!(walked.stop, Stop::Newer(_)) {
             return Err(self.quarantine(format!("its entries end at {} and it starts at {start}", end.index)));
         }
         if end.index > start {
@@ -104,7 +104,7 @@ impl Opener<'_> {
         let file = segment.file().map_err(failed)?;
         let mut walk = Walk::new(file.as_ref(), SEGMENT_DATA_AT, data_end);
         end.at = SEGMENT_DATA_AT;
-        let mut points = self.saved_points(&segment, data_end, mark);
+        let mut points = self.saved_points(&segment, data_end, mark, start)?;
         // The log start and the durable mark are met by walking, what lies before by jumping.
         if end.index < start {
             let count = points.partition_point(|point| point.index <= start);
@@ -190,10 +190,21 @@ impl Opener<'_> {
     }
 
     /// The saved index of a segment up to the mark, if it was made of the entries that are there.
-    fn saved_points(&self, segment: &Segment, data_end: u64, mark: &Mark) -> Vec<IndexPoint> {
-        let path = join(&self.dir, &index::file_name(&segment.header));
-        let Ok(bytes) = disk::read_all(self.disk, &path, SMALL_SIZE_MAX) else { return Vec::new() };
-        let mut points = index::decode(&bytes).unwrap_or_default();
+    fn saved_points(
+        &self,
+        segment: &Segment,
+        data_end: u64,
+        mark: &Mark,
+        start: u64,
+    ) -> Result<Vec<IndexPoint>, OpenError> {
+        let name = index::file_name(&segment.header);
+        let path = join(&self.dir, &name);
+        let Ok(bytes) = disk::read_all(self.disk, &path, SMALL_SIZE_MAX) else { return Ok(Vec::new()) };
+        let mut points = match index::decode(&bytes) {
+            Ok(points) => points,
+            Err(error @ DecodeError::Version { .. }) => return Err(self.refuse(&name, &error)),
+            Err(_) => return Ok(Vec::new()),
+        };
         // The walk goes on at an entry below the mark, which gives it its term. Above the mark every entry is
         // looked at, and behind a cut there are none.
         points.truncate(points.partition_point(|point| point.index < mark.next_index && point.at < data_end));
@@ -202,10 +213,19 @@ impl Opener<'_> {
             matches!(found, Ok(Ok(Some((_, found)))) if (found.index.0, found.base_offset.0, found.chain, found.term.0)
                 == (point.index, point.offset, point.chain, point.term))
         };
-        if !points.last().is_some_and(meets) {
+        let header = &segment.header;
+        let (base_index, base_offset) = (header.base_index.0, header.base_offset.0);
+        let begins_here = |first: &IndexPoint| {
+            first.at >= SEGMENT_DATA_AT && first.index >= base_index && first.offset >= base_offset
+        };
+        // The two at which the walk goes on: at the log start, and before the mark.
+        let at_start = points.iter().take_while(|point| point.index <= start).last();
+        let is_sound =
+            points.first().is_some_and(begins_here) && points.last().is_some_and(meets) && at_start.is_none_or(meets);
+        if !is_sound {
             points.clear();
         }
-        points
+        Ok(points)
     }
 }
 
