@@ -250,6 +250,17 @@ impl MemoryDisk {
         Self { contents: Arc::clone(&self.contents), life: contents.life, lock: Arc::default() }
     }
 
+    /// Ends the process that has this disk, at once, as SIGKILL does: all earlier handles and open
+    /// files fail from now on, and what was written is there and not synced.
+    #[must_use]
+    pub fn kill(&self) -> Self {
+        let mut contents = self.lock_contents();
+        contents.life += 1;
+        contents.locked = Weak::new();
+        contents.power_off_at = None;
+        Self { contents: Arc::clone(&self.contents), life: contents.life, lock: Arc::default() }
+    }
+
     /// The disk as another process sees it: same files, a lock of its own.
     #[must_use]
     pub fn again(&self) -> Self {

@@ -55,6 +55,8 @@ enum Call {
     Reopen {
         close: bool,
     },
+    /// The process is killed: what was written is there, synced or not.
+    Kill,
     /// The power goes: what was not synced is there, torn or gone, by the seed.
     Cut {
         seed: u64,
@@ -86,6 +88,7 @@ fn calls() -> impl Strategy<Value = Vec<Call>> {
         3 => (0.0..1.1, 0..20_000_usize).prop_map(|(part, size_max)| Call::ReadEntries { part, size_max }),
         3 => (0.0..1.1, 0..20_000_usize).prop_map(|(part, size_max)| Call::ReadData { part, size_max }),
         2 => any::<bool>().prop_map(|close| Call::Reopen { close }),
+        2 => Just(Call::Kill),
         2 => any::<u64>().prop_map(|seed| Call::Cut { seed }),
     ];
     prop::collection::vec(call, 1..40)
@@ -253,6 +256,13 @@ fn position_of(batch: &Batch) -> LogPosition {
     LogPosition { term: batch.header.term, index: batch.header.index }
 }
 
+/// How a run of the process ends.
+enum End {
+    Drop,
+    Kill,
+    Cut(u64),
+}
+
 /// How much was tried, over all runs of this test.
 static CUT_COUNT: AtomicU64 = AtomicU64::new(0);
 static FAILURE_COUNT: AtomicU64 = AtomicU64::new(0);
@@ -372,15 +382,19 @@ impl<'a> Machine<'a> {
 
     /// Takes note of what was flushed, ends the process or cuts the power, and starts again: the log
     /// must be one of `models`.
-    fn restart(&mut self, mut models: Vec<Model>, cut: Option<u64>) {
-        let after_cut = self.memory.as_ref().zip(cut).map(|(disk, seed)| disk.cut(seed));
+    fn restart(&mut self, mut models: Vec<Model>, end: End) {
+        let after = self.memory.as_ref().and_then(|disk| match end {
+            End::Drop => None,
+            End::Kill => Some(disk.kill()),
+            End::Cut(seed) => Some(disk.cut(seed)),
+        });
         self.opened = None;
         for (next, receiver) in std::mem::take(&mut self.waiting) {
             if receiver.recv().is_ok_and(|result| result.is_ok()) {
                 models.iter_mut().for_each(|model| model.flushed = model.flushed.max(next.min(model.next())));
             }
         }
-        if let Some(disk) = after_cut {
+        if let Some(disk) = after {
             CUT_COUNT.fetch_add(1, Ordering::Relaxed);
             self.memory = Some(disk);
         }
@@ -408,7 +422,7 @@ impl<'a> Machine<'a> {
                 FAILURE_COUNT.fetch_add(u64::from(faults.failed_count() > 0), Ordering::Relaxed);
                 // The lock of a directory goes with the last handle of its disk.
                 drop((log, faults));
-                self.restart(models, *cut);
+                self.restart(models, cut.map_or(End::Drop, End::Cut));
             }
             Call::Committed { part } => {
                 log.save_committed(LogPosition::new(self.term, self.model.part(*part)));
@@ -432,11 +446,15 @@ impl<'a> Machine<'a> {
                 drop(log);
                 // All that was appended is written before the threads of a store end.
                 self.model.flushed = self.model.next();
-                self.restart(vec![self.model.clone()], None);
+                self.restart(vec![self.model.clone()], End::Drop);
+            }
+            Call::Kill => {
+                drop(log);
+                self.restart(vec![self.model.clone()], End::Kill);
             }
             Call::Cut { seed } => {
                 drop(log);
-                self.restart(vec![self.model.clone()], Some(*seed));
+                self.restart(vec![self.model.clone()], End::Cut(*seed));
             }
         }
     }
@@ -475,8 +493,8 @@ fn power_cuts_and_failures_are_among_what_is_tried() {
         run(&Fixture::memory(), calls);
     }
     let (cuts, failures) = (CUT_COUNT.load(Ordering::Relaxed), FAILURE_COUNT.load(Ordering::Relaxed));
-    println!("{cuts} power cuts and {failures} failures of the disk");
-    assert!(cuts > 20 && failures > 10, "{cuts} power cuts, {failures} failures of the disk");
+    println!("{cuts} kills and power cuts, {failures} failures of the disk");
+    assert!(cuts > 20 && failures > 10, "{cuts} kills and power cuts, {failures} failures of the disk");
 }
 
 proptest! {
