@@ -472,7 +472,7 @@ fn run(fixture: &Fixture, calls: Vec<Call>) {
 
 /// Random runs on the disk in memory.
 fn case_count() -> u32 {
-    std::env::var("MODEL_CASES").map_or(300, |cases| cases.parse().unwrap())
+    std::env::var("MODEL_CASES").map_or(1_000, |cases| cases.parse().unwrap())
 }
 
 proptest! {
