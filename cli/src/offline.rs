@@ -1,9 +1,12 @@
 //! `arqon log`: reads a node's data directory without the node.
 
+mod dump;
+
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use arqon_proto::BatchKind;
-use arqon_storage::{BatchInspection, Inspection, LogInspection, SegmentInspection};
+use arqon_proto::{BatchKind, Header};
+use arqon_storage::{BatchInspection, Fault, Inspection, LogCheck, LogInspection, SegmentInspection};
 use serde_json::{Value, json};
 
 use crate::{Failure, output};
@@ -11,12 +14,19 @@ use crate::{Failure, output};
 /// What to do with a data directory.
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum LogCommand {
-    /// List logs, segments and batches
-    #[command(after_help = "Example: arqon log inspect ./bus/node-1 --batches")]
+    /// List logs, segments, terms and batches
+    #[command(after_help = "Example: arqon log inspect ./bus/node-1 --batches\n\n\
+        Fails when acknowledged data is damaged, after everything was listed.")]
     Inspect(InspectArgs),
-    /// Check every checksum and the chain; fails when acknowledged data is damaged
-    #[command(after_help = "Example: arqon log verify ./bus/node-1")]
+    /// Check every checksum, the chain and that no segment is missing
+    #[command(after_help = "Example: arqon log verify ./bus/node-1\n\n\
+        Fails when acknowledged data is damaged. A torn tail is none: the next start cuts it off.")]
     Verify(DirArgs),
+    /// Print the entries: events, control records, Raft entries
+    #[command(after_help = "Example: arqon log dump ./bus/node-1 --group 4 --from 100 --limit 10\n\n\
+        Offsets and times are those of the events. What is missing or damaged is told after the entries of\n\
+        its log, and fails the command; --limit ends it before that.")]
+    Dump(dump::DumpArgs),
 }
 
 /// Arguments of `arqon log inspect`.
@@ -35,7 +45,7 @@ pub struct DirArgs {
     /// Data directory of one node; nothing in it is changed
     #[arg(value_name = "DIR")]
     dir: PathBuf,
-    /// Print one JSON document
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -43,11 +53,12 @@ pub struct DirArgs {
 /// Does what the arguments say.
 ///
 /// # Errors
-/// The directory is not one of a node; `verify`: what is damaged.
+/// The directory is not one of a node, or acknowledged data in it is damaged.
 pub fn log(command: LogCommand) -> Result<(), Failure> {
     match command {
         LogCommand::Inspect(args) => inspect(&args),
         LogCommand::Verify(args) => verify(&args),
+        LogCommand::Dump(args) => dump::dump(&args),
     }
 }
 
@@ -62,40 +73,57 @@ fn open(args: &DirArgs) -> Result<(String, u64, Inspection), Failure> {
     Ok((cluster, node.0, inspection))
 }
 
-/// What the batches of one segment add up to.
+/// What makes `arqon log` fail: files and entries of `log` that are damaged, one line each.
+fn damage_of(log: &LogInspection, check: &LogCheck) -> Vec<String> {
+    let name = log_name(log);
+    let files = log.damage.iter().map(|text| format!("{name}: {text}"));
+    let faults = check.faults.iter().filter(|fault| fault.is_damage).map(|fault| format!("{name}: {fault}"));
+    files.chain(faults).collect()
+}
+
+fn log_name(log: &LogInspection) -> String {
+    format!("group {} replica {}", log.group, log.replica)
+}
+
+/// The result of a command that met `count` damaged places.
+fn ended(args: &DirArgs, count: usize) -> Result<(), Failure> {
+    match count {
+        0 => Ok(()),
+        1 => Err(Failure::failed(format!("{}: 1 place is damaged", args.dir.display()))),
+        count => Err(Failure::failed(format!("{}: {count} places are damaged", args.dir.display()))),
+    }
+}
+
+/// What one segment adds up to, and the lines or documents of its batches.
 #[derive(Default)]
 struct Totals {
     batches: u64,
     records: u64,
-    bytes: u64,
-    next_index: Option<u64>,
+    size: u64,
     damaged: Vec<String>,
-    end: Option<(u64, String)>,
+    first_bad: Option<(u64, String)>,
+    listed: Vec<Value>,
 }
 
 impl Totals {
-    fn of(segment: &SegmentInspection, mut each: impl FnMut(&BatchInspection)) -> Self {
-        let mut totals = Self::default();
-        for batch in segment.batches() {
-            each(&batch);
-            match batch {
-                BatchInspection::Whole { header, .. } => {
-                    totals.batches += 1;
-                    totals.bytes += header.batch_size() as u64;
-                    totals.next_index = Some(header.index.0 + 1);
-                    if header.kind == BatchKind::Data {
-                        totals.records += u64::from(header.record_count);
-                    }
+    fn add(&mut self, batch: &BatchInspection) {
+        match batch {
+            BatchInspection::Whole { batch, .. } => {
+                self.batches += 1;
+                self.size += batch.header.batch_size() as u64;
+                if batch.header.kind == BatchKind::Data {
+                    self.records += u64::from(batch.header.record_count);
                 }
-                BatchInspection::DamagedRecords { at, header, reason } => {
-                    totals.batches += 1;
-                    totals.next_index = Some(header.index.0 + 1);
-                    totals.damaged.push(format!("{} at byte {at}, index {}: {reason}", segment.path, header.index));
-                }
-                BatchInspection::FirstBadByte { at, reason } => totals.end = Some((at, reason)),
+            }
+            BatchInspection::DamagedRecords { at, header, reason } => {
+                self.batches += 1;
+                self.damaged.push(format!("byte {at}, index {}: {reason}", header.index));
+                self.first_bad.get_or_insert_with(|| (*at, reason.clone()));
+            }
+            BatchInspection::FirstBadByte { at, reason } => {
+                self.first_bad.get_or_insert_with(|| (*at, reason.clone()));
             }
         }
-        totals
     }
 }
 
@@ -105,78 +133,73 @@ fn inspect(args: &InspectArgs) -> Result<(), Failure> {
     if !json {
         output::line(format_args!("node {node} of cluster {cluster}, {} logs", inspection.logs.len()))?;
     }
-    let mut logs = Vec::new();
+    let (mut logs, mut damage_count) = (Vec::new(), 0);
     for log in &inspection.logs {
-        if !json {
-            output::line(format_args!("\ngroup {} replica {}{}", log.group, log.replica, log_summary(log)))?;
+        let mut totals: Vec<_> = log.segments.iter().map(|_| Totals::default()).collect();
+        let check = log.check(|number, batch| {
+            let totals = &mut totals[number];
+            totals.add(batch);
+            if args.batches {
+                totals.listed.push(if json { batch_document(batch) } else { json!(batch_line(batch)) });
+            }
+            ControlFlow::Continue(())
+        });
+        damage_count += damage_of(log, &check).len();
+        let segments = log.segments.iter().zip(&totals);
+        if json {
+            let documents: Vec<_> = segments.map(|(segment, totals)| segment_document(segment, totals)).collect();
+            logs.push(log_document(log, &check, &documents));
+            continue;
         }
-        let mut segments = Vec::new();
-        for segment in &log.segments {
-            let mut batches = Vec::new();
-            let totals = Totals::of(segment, |batch| {
-                if args.batches {
-                    batches.push(if json { batch_document(batch) } else { json!(batch_line(batch)) });
-                }
-            });
-            segments.push(segment_document(segment, &totals, &batches));
-            if !json {
-                output::line(segment_line(segment, &totals))?;
-                for line in batches.iter().filter_map(Value::as_str) {
-                    output::line(format_args!("    {line}"))?;
-                }
+        output::line(format_args!("\n{}{}", log_name(log), log_summary(log)))?;
+        for (segment, totals) in segments {
+            output::line(segment_line(segment, totals))?;
+            for line in totals.listed.iter().filter_map(Value::as_str) {
+                output::line(format_args!("    {line}"))?;
             }
         }
-        logs.push(log_document(log, &segments));
+        for span in &check.terms {
+            output::line(format_args!("  term {}: entries {} to {}", span.term, span.first, span.last))?;
+        }
+        for fault in &check.faults {
+            output::line(format_args!("  {}: {fault}", fault_name(fault)))?;
+        }
     }
-    if json { output::json(&json!({ "cluster": cluster, "node": node, "logs": logs })) } else { Ok(()) }
+    if json {
+        output::json(&json!({ "cluster": cluster, "node": node, "logs": logs }))?;
+    }
+    ended(&args.dir, damage_count)
+}
+
+fn fault_name(fault: &Fault) -> &'static str {
+    if fault.is_damage { "damaged" } else { "not counted" }
 }
 
 fn verify(args: &DirArgs) -> Result<(), Failure> {
     let (cluster, node, inspection) = open(args)?;
     let (mut batches, mut records, mut bytes) = (0, 0, 0);
-    let mut damage = Vec::new();
+    let (mut damage, mut tails) = (Vec::new(), Vec::new());
     for log in &inspection.logs {
-        let name = format!("group {} replica {}", log.group, log.replica);
-        damage.extend(log.damage.iter().map(|text| format!("{name}: {text}")));
-        let mut next_index = None;
-        let mut end: Option<String> = None;
-        for segment in log.segments.iter().filter(|segment| !segment.is_stale) {
-            let expected = next_index.or(log.purged.map(|purged| purged.index.0 + 1)).unwrap_or(0);
-            if segment.base.0 > expected {
-                // Something is behind them, so this is no torn tail.
-                let end = end.take().unwrap_or_else(|| "no segment holds them".to_owned());
-                damage.push(format!("{name}: entries {expected} to {} are missing: {end}", segment.base.0 - 1));
-            }
-            let totals = Totals::of(segment, |_| {});
-            batches += totals.batches;
-            records += totals.records;
-            bytes += totals.bytes;
-            damage.extend(totals.damaged);
-            next_index = totals.next_index.or(Some(segment.base.0)).max(next_index);
-            end = totals.end.map(|(at, reason)| format!("{} at byte {at}: {reason}", segment.path));
-        }
-        // Above the durable mark a bad byte is a torn tail, which the next start cuts.
-        let marked = log.marked_next_index.unwrap_or(0);
-        let found = next_index.or(log.purged.map(|purged| purged.index.0 + 1)).unwrap_or(0);
-        if found < marked {
-            let end = end.unwrap_or_else(|| "the segments end early".to_owned());
-            damage.push(format!("{name}: entries {found} to {} are missing: {end}", marked - 1));
-        }
+        let check = log.check(|_, _| ControlFlow::Continue(()));
+        batches += check.batch_count;
+        records += check.record_count;
+        bytes += check.size;
+        damage.extend(damage_of(log, &check));
+        let torn = check.faults.iter().filter(|fault| !fault.is_damage);
+        tails.extend(torn.map(|fault| format!("{}: {fault}", log_name(log))));
     }
     if args.json {
         output::json(&json!({
             "cluster": cluster, "node": node, "logs": inspection.logs.len(), "batches": batches,
-            "records": records, "bytes": bytes, "valid": damage.is_empty(), "damage": damage,
+            "records": records, "bytes": bytes, "valid": damage.is_empty(), "damage": damage, "not_counted": tails,
         }))?;
     } else {
         let count = inspection.logs.len();
         output::line(format_args!("{count} logs, {batches} batches, {records} records, {bytes} bytes checked"))?;
+        tails.iter().try_for_each(|text| output::line(format_args!("not counted: {text}")))?;
         damage.iter().try_for_each(|text| output::line(format_args!("damaged: {text}")))?;
     }
-    match damage.len() {
-        0 => Ok(()),
-        count => Err(Failure::failed(format!("{}: {count} places are damaged", args.dir.display()))),
-    }
+    ended(args, damage.len())
 }
 
 fn log_summary(log: &LogInspection) -> String {
@@ -199,7 +222,11 @@ fn log_summary(log: &LogInspection) -> String {
     text
 }
 
-fn log_document(log: &LogInspection, segments: &[Value]) -> Value {
+fn log_document(log: &LogInspection, check: &LogCheck, segments: &[Value]) -> Value {
+    let terms = check
+        .terms
+        .iter()
+        .map(|span| json!({ "term": span.term.0, "first_index": span.first.0, "last_index": span.last.0 }));
     json!({
         "group": log.group.0,
         "replica": log.replica.0,
@@ -208,7 +235,20 @@ fn log_document(log: &LogInspection, segments: &[Value]) -> Value {
         "flushed_next_index": log.marked_next_index,
         "sync_failed": log.sync_failed,
         "damage": log.damage,
+        "terms": terms.collect::<Vec<_>>(),
+        "faults": check.faults.iter().map(fault_document).collect::<Vec<_>>(),
         "segments": segments,
+    })
+}
+
+fn fault_document(fault: &Fault) -> Value {
+    json!({
+        "path": fault.path,
+        "byte": fault.at,
+        "first_index": fault.first.0,
+        "last_index": fault.last.0,
+        "reason": fault.reason,
+        "damage": fault.is_damage,
     })
 }
 
@@ -216,21 +256,18 @@ fn segment_line(segment: &SegmentInspection, totals: &Totals) -> String {
     let (index, offset, _) = segment.base;
     let mut text = format!(
         "  {}: from index {index}, offset {offset}: {} batches, {} records, {} of {} bytes",
-        segment.path, totals.batches, totals.records, totals.bytes, segment.capacity
+        segment.path, totals.batches, totals.records, totals.size, segment.capacity
     );
     if segment.is_stale {
         text.push_str(", stale");
     }
-    for damaged in &totals.damaged {
-        text.push_str(&format!("; damaged: {damaged}"));
-    }
-    if let Some((at, reason)) = &totals.end {
-        text.push_str(&format!("; ends at byte {at}: {reason}"));
+    if let Some((at, reason)) = &totals.first_bad {
+        text.push_str(&format!("; first bad byte {at}: {reason}"));
     }
     text
 }
 
-fn segment_document(segment: &SegmentInspection, totals: &Totals, batches: &[Value]) -> Value {
+fn segment_document(segment: &SegmentInspection, totals: &Totals) -> Value {
     let mut document = json!({
         "path": segment.path,
         "size": segment.size,
@@ -240,13 +277,13 @@ fn segment_document(segment: &SegmentInspection, totals: &Totals, batches: &[Val
         "base_offset": segment.base.1,
         "batch_count": totals.batches,
         "record_count": totals.records,
-        "bytes": totals.bytes,
+        "bytes": totals.size,
         "damaged": totals.damaged,
-        "first_bad_byte": totals.end.as_ref().map(|(at, _)| at),
-        "first_bad_reason": totals.end.as_ref().map(|(_, reason)| reason),
+        "first_bad_byte": totals.first_bad.as_ref().map(|(at, _)| at),
+        "first_bad_reason": totals.first_bad.as_ref().map(|(_, reason)| reason),
     });
-    if !batches.is_empty() {
-        document["batches"] = json!(batches);
+    if !totals.listed.is_empty() {
+        document["batches"] = json!(totals.listed);
     }
     document
 }
@@ -259,31 +296,35 @@ fn kind_name(kind: BatchKind) -> &'static str {
     }
 }
 
-fn batch_line(batch: &BatchInspection) -> String {
+/// Byte, header and what is wrong of a batch; none at a byte that begins no batch.
+fn parts(batch: &BatchInspection) -> Result<(u64, &Header, Option<&str>), (u64, &str)> {
     match batch {
-        BatchInspection::Whole { at, header } | BatchInspection::DamagedRecords { at, header, .. } => {
-            let damaged = match batch {
-                BatchInspection::DamagedRecords { reason, .. } => format!("  DAMAGED: {reason}"),
-                _ => String::new(),
-            };
-            format!(
-                "byte {at}: {} term {} index {} offset {} records {} bytes {} time {}{damaged}",
-                kind_name(header.kind),
-                header.term,
-                header.index,
-                header.base_offset,
-                header.record_count,
-                header.batch_size(),
-                header.time_ms
-            )
-        }
-        BatchInspection::FirstBadByte { at, reason } => format!("byte {at}: {reason}"),
+        BatchInspection::Whole { at, batch } => Ok((*at, &batch.header, None)),
+        BatchInspection::DamagedRecords { at, header, reason } => Ok((*at, header, Some(reason))),
+        BatchInspection::FirstBadByte { at, reason } => Err((*at, reason)),
+    }
+}
+
+fn batch_line(batch: &BatchInspection) -> String {
+    match parts(batch) {
+        Ok((at, header, reason)) => format!(
+            "byte {at}: {} term {} index {} offset {} records {} bytes {} time {}{}",
+            kind_name(header.kind),
+            header.term,
+            header.index,
+            header.base_offset,
+            header.record_count,
+            header.batch_size(),
+            header.time_ms,
+            reason.map(|reason| format!("  DAMAGED: {reason}")).unwrap_or_default(),
+        ),
+        Err((at, reason)) => format!("byte {at}: {reason}"),
     }
 }
 
 fn batch_document(batch: &BatchInspection) -> Value {
-    match batch {
-        BatchInspection::Whole { at, header } | BatchInspection::DamagedRecords { at, header, .. } => json!({
+    match parts(batch) {
+        Ok((at, header, reason)) => json!({
             "at": at,
             "kind": kind_name(header.kind),
             "term": header.term.0,
@@ -292,11 +333,8 @@ fn batch_document(batch: &BatchInspection) -> Value {
             "record_count": header.record_count,
             "size": header.batch_size(),
             "time_ms": header.time_ms,
-            "damaged": match batch {
-                BatchInspection::DamagedRecords { reason, .. } => Some(reason),
-                _ => None,
-            },
+            "damaged": reason,
         }),
-        BatchInspection::FirstBadByte { at, reason } => json!({ "first_bad_byte": at, "reason": reason }),
+        Err((at, reason)) => json!({ "first_bad_byte": at, "reason": reason }),
     }
 }

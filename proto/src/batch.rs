@@ -42,6 +42,8 @@ pub const BATCH_HEADER_SIZE: usize = 128;
 pub const FORMAT_VERSION: u8 = 1;
 
 const MAGIC: [u8; 4] = *b"ARQB";
+/// Largest sequence, offset, term and index: far beyond any log, so that counting on from one never overflows.
+const POSITION_MAX: u64 = i64::MAX as u64;
 
 /// What a batch carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,6 +225,11 @@ impl Header {
         let fixed = BATCH_HEADER_SIZE + stamps_size as usize;
         if size > limits::BATCH_SIZE_MAX || size < fixed {
             return Err(DecodeError::Value { field: "batch size", value: size as u64 });
+        }
+        for (field, at) in [("sequence", 56), ("base offset", 72), ("Raft term", 80), ("Raft index", 88)] {
+            if u64_at(at) > POSITION_MAX {
+                return Err(DecodeError::Value { field, value: u64_at(at) });
+            }
         }
         let mut producer_id = [0; 16];
         producer_id.copy_from_slice(&b[40..56]);

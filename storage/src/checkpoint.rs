@@ -6,19 +6,21 @@
 use std::io;
 use std::sync::Arc;
 
-use arqon_proto::{RaftIndex, Term};
+use arqon_proto::{DecodeError, RaftIndex, Term};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use crate::disk::{self, join};
+use crate::disk::{self, Disk, join};
 use crate::flush::Done;
 use crate::index;
-use crate::layout::{What, seal, unseal};
+use crate::layout::{PREFIX_SIZE, What, claims_newer, seal, unseal};
 use crate::log::{Log, LogCore, State, wait};
 use crate::position::{LogPosition, index_after};
 
 /// Largest checkpoint in bytes.
 const CHECKPOINT_SIZE_MAX: usize = 1 << 30;
+/// Largest file of one, with what stands around it.
+const FILE_SIZE_MAX: usize = CHECKPOINT_SIZE_MAX + 4_096;
 /// Newest checkpoints kept: if one turns out bad, the one before is taken.
 const NEWEST_COUNT: usize = 2;
 const POSITION_SIZE: usize = 16;
@@ -61,6 +63,21 @@ pub(crate) fn parse_file_name(name: &str) -> Option<(CheckpointKind, LogPosition
     let (index, term) = rest.split_once('-')?;
     let position = LogPosition { term: Term(term.parse().ok()?), index: RaftIndex(index.parse().ok()?) };
     Some((kind, position))
+}
+
+/// Refuses a checkpoint that is whole and of a newer format. Another one is left to whoever loads it.
+pub(crate) fn check_version(disk: &dyn Disk, path: &str) -> Result<(), DecodeError> {
+    // Most are large: only one that claims to be newer is read to its end.
+    let mut prefix = [0; PREFIX_SIZE];
+    let read = disk.open(path).and_then(|file| file.read_at(&mut prefix, 0)).unwrap_or(0);
+    if read < PREFIX_SIZE || !claims_newer(&prefix) {
+        return Ok(());
+    }
+    let Ok(bytes) = disk::read_all(disk, path, FILE_SIZE_MAX) else { return Ok(()) };
+    match unseal(What::Checkpoint, &bytes) {
+        Err(error @ DecodeError::Version { .. }) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Gives the checkpoints whose position is flushed to the housekeeper.
@@ -174,7 +191,7 @@ impl Log {
     pub fn load_checkpoint(&self, kind: CheckpointKind, position: LogPosition) -> io::Result<Bytes> {
         let path = join(&self.core.dir, &file_name(kind, position));
         let damaged = |reason: String| io::Error::new(io::ErrorKind::InvalidData, format!("{path}: {reason}"));
-        let bytes = Bytes::from(disk::read_all(self.core.engine.disk.as_ref(), &path, CHECKPOINT_SIZE_MAX + 4096)?);
+        let bytes = Bytes::from(disk::read_all(self.core.engine.disk.as_ref(), &path, FILE_SIZE_MAX)?);
         let payload = bytes.slice_ref(unseal(What::Checkpoint, &bytes).map_err(|error| damaged(error.to_string()))?);
         if payload.len() < POSITION_SIZE
             || payload[..8] != position.term.0.to_le_bytes()

@@ -17,7 +17,7 @@ use arqon_proto::DecodeError;
 use bytes::Bytes;
 
 use crate::disk::{Disk, join};
-use crate::layout::{SegmentHeader, What, seal, unseal};
+use crate::layout::{COUNT_MAX, SegmentHeader, What, seal, unseal};
 use crate::log::LogCore;
 use crate::segment::Segment;
 
@@ -40,6 +40,13 @@ pub(crate) struct IndexPoint {
     pub chain: u64,
     /// Term of the entry.
     pub term: u64,
+}
+
+impl IndexPoint {
+    /// Whether the entry of `other` can come after that of this point.
+    fn is_before(&self, other: &Self) -> bool {
+        self.at < other.at && self.index < other.index && self.offset <= other.offset && self.term <= other.term
+    }
 }
 
 /// Name of the index file of a segment.
@@ -72,7 +79,14 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<IndexPoint>, DecodeError> {
         let (at, index, offset) = (number(0), number(1), number(2));
         IndexPoint { at, index, offset, time_before_ms: number(3), chain: number(4), term: number(5) }
     };
-    Ok(points.iter().map(point).collect())
+    let points: Vec<_> = points.iter().map(point).collect();
+    if let Some(last) = points.last().filter(|last| last.index.max(last.offset).max(last.term) > COUNT_MAX) {
+        return Err(DecodeError::Value { field: "index point", value: last.at });
+    }
+    if let Some(pair) = points.windows(2).find(|pair| !pair[0].is_before(&pair[1])) {
+        return Err(DecodeError::Value { field: "index point", value: pair[1].at });
+    }
+    Ok(points)
 }
 
 /// Saves the index of `segment` as it stands, if that is worth a file. A failure only makes the
@@ -117,5 +131,6 @@ mod tests {
         assert_eq!(decode(&bytes).unwrap(), points);
         assert!(decode(&seal(What::Index, &[0; POINT_SIZE + 1])).is_err());
         assert!(decode(&bytes[..bytes.len() - 1]).is_err());
+        assert!(decode(&encode(&[point(2), point(1)])).is_err(), "points stand in order");
     }
 }

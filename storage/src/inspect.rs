@@ -1,10 +1,12 @@
 //! Reads a data directory from outside: no lock is taken and nothing is changed.
 
+mod check;
+
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use arqon_proto::{GroupId, Header, NodeId, ReplicaId};
+use arqon_proto::{Batch, GroupId, Header, NodeId, RaftIndex, ReplicaId};
 
 use crate::checkpoint::{self, CheckpointKind};
 use crate::disk::real::RealDisk;
@@ -15,6 +17,8 @@ use crate::layout::{
 };
 use crate::position::LogPosition;
 use crate::segment::{Front, Walk, read_front};
+
+pub use check::{Fault, LogCheck, TermSpan};
 
 const SMALL_SIZE_MAX: usize = 1 << 20;
 
@@ -32,8 +36,12 @@ pub struct LogInspection {
     pub group: GroupId,
     /// Replica placement.
     pub replica: ReplicaId,
+    /// Its directory below the data directory.
+    pub dir: String,
     /// Last entry dropped from the front.
     pub purged: Option<LogPosition>,
+    /// First index of the newest segment that must be there.
+    pub tail: Option<RaftIndex>,
     /// Newest committed position in a durable mark.
     pub committed: Option<LogPosition>,
     /// Index after the last entry that is known to be flushed.
@@ -72,8 +80,8 @@ pub enum BatchInspection {
     Whole {
         /// Byte of its header.
         at: u64,
-        /// The header.
-        header: Header,
+        /// The batch.
+        batch: Batch,
     },
     /// The batch continues the chain; its stamps or records are damaged.
     DamagedRecords {
@@ -125,7 +133,9 @@ fn inspect_log(disk: &dyn Disk, group: GroupId, replica: ReplicaId) -> io::Resul
     let mut log = LogInspection {
         group,
         replica,
+        dir: dir.clone(),
         purged: None,
+        tail: None,
         committed: None,
         marked_next_index: None,
         segments: Vec::new(),
@@ -133,11 +143,18 @@ fn inspect_log(disk: &dyn Disk, group: GroupId, replica: ReplicaId) -> io::Resul
         sync_failed: false,
         damage: Vec::new(),
     };
-    let mut generation = 0;
+    let (mut generation, mut incarnation) = (0, None);
     match read_small(disk, &dir, MANIFEST_FILE)
         .and_then(|bytes| Manifest::decode(&bytes).map_err(|error| error.to_string()))
     {
-        Ok(manifest) => (log.purged, generation) = (manifest.purged, manifest.generation),
+        Ok(manifest) => {
+            (log.purged, log.tail) = (manifest.purged, manifest.tail);
+            (generation, incarnation) = (manifest.generation, Some(manifest.incarnation));
+            if (manifest.group, manifest.replica) != (group, replica) {
+                let owner = format!("group {} replica {}", manifest.group, manifest.replica);
+                log.damage.push(format!("{MANIFEST_FILE}: it is of {owner}"));
+            }
+        }
         Err(reason) => log.damage.push(format!("{MANIFEST_FILE}: {reason}")),
     }
     let vote = read_small(disk, &dir, VOTE_FILE);
@@ -161,8 +178,10 @@ fn inspect_log(disk: &dyn Disk, group: GroupId, replica: ReplicaId) -> io::Resul
         let path = join(&dir, &name);
         let file = disk.open(&path)?;
         let Front { header, mark, slot_error, .. } = read_front(file.as_ref())?;
-        if let Some(error) = slot_error {
-            log.damage.push(format!("{name}: {error}"));
+        match slot_error {
+            Some(error) => log.damage.push(format!("{name}: {error}")),
+            None if mark.is_none() => log.damage.push(format!("{name}: it has no durable mark")),
+            None => {}
         }
         let header = match header {
             Ok(header) => header,
@@ -171,6 +190,14 @@ fn inspect_log(disk: &dyn Disk, group: GroupId, replica: ReplicaId) -> io::Resul
                 continue;
             }
         };
+        let owner = (header.group, header.replica, header.incarnation);
+        if owner != (group, replica, incarnation.unwrap_or(header.incarnation)) || header.file_name() != name {
+            log.damage.push(format!("{name}: it belongs to another log or place"));
+            continue;
+        }
+        if file.size()? < SEGMENT_DATA_AT {
+            log.damage.push(format!("{name}: it is cut short at byte {}", file.size()?));
+        }
         if let Some(mark) = &mark
             && mark.sequence >= sequence
             && header.generation == generation
@@ -234,18 +261,18 @@ impl SegmentInspection {
             walk.at += header.batch_size() as u64;
             index += 1;
             chain = Header::chain_value(&bytes);
-            Some(match check_payload(self.file.as_ref(), at, &header) {
-                Ok(()) => BatchInspection::Whole { at, header },
+            Some(match read_batch(self.file.as_ref(), at, &header) {
+                Ok(batch) => BatchInspection::Whole { at, batch },
                 Err(reason) => BatchInspection::DamagedRecords { at, header, reason },
             })
         })
     }
 }
 
-fn check_payload(file: &dyn File, at: u64, header: &Header) -> Result<(), String> {
+fn read_batch(file: &dyn File, at: u64, header: &Header) -> Result<Batch, String> {
     // A copy, not a map: the file may change or shrink under an inspector without a lock.
     let mut bytes = vec![0; header.batch_size()];
     let read = file.read_at(&mut bytes, at).map_err(|error| error.to_string())?;
     bytes.truncate(read);
-    arqon_proto::Batch::split_from(&mut bytes.into()).map(drop).map_err(|error| error.to_string())
+    Batch::split_from(&mut bytes.into()).map_err(|error| error.to_string())
 }

@@ -33,8 +33,11 @@ pub const BLOCK_SIZE: usize = 4_096;
 /// The one version that this program reads and writes.
 pub(crate) const VERSION: u32 = 1;
 
-const PREFIX_SIZE: usize = 16;
+/// Bytes of a sealed block before its payload.
+pub(crate) const PREFIX_SIZE: usize = 16;
 const MAGIC: [u8; 4] = *b"ARQS";
+/// No log has more entries, records, terms or marks than this.
+pub(crate) const COUNT_MAX: u64 = i64::MAX as u64;
 
 pub(crate) const IDENTITY_FILE: &str = "identity";
 /// Below which id every replica placed here has had a log.
@@ -122,6 +125,12 @@ pub(crate) fn unseal(what: What, bytes: &[u8]) -> Result<&[u8], DecodeError> {
     Ok(&bytes[PREFIX_SIZE..end])
 }
 
+/// Whether what begins so says that it is of a version which this program does not know. Only the CRC
+/// over all of it tells whether that is true.
+pub(crate) fn claims_newer(prefix: &[u8; PREFIX_SIZE]) -> bool {
+    prefix[8..12] != VERSION.to_le_bytes()
+}
+
 #[derive(Default)]
 struct Writer(Vec<u8>);
 
@@ -156,8 +165,14 @@ impl<'a> Reader<'a> {
         Ok(u64::from_le_bytes(*first))
     }
 
+    /// A number that counts something, so that one more of it is a number too.
+    fn count(&mut self) -> Result<u64, DecodeError> {
+        let value = self.number()?;
+        if value > COUNT_MAX { Err(DecodeError::Value { field: self.what, value }) } else { Ok(value) }
+    }
+
     fn position(&mut self) -> Result<Option<LogPosition>, DecodeError> {
-        let (there, term, index) = (self.number()?, self.number()?, self.number()?);
+        let (there, term, index) = (self.number()?, self.count()?, self.count()?);
         Ok((there != 0).then_some(LogPosition { term: Term(term), index: RaftIndex(index) }))
     }
 
@@ -222,11 +237,11 @@ impl Manifest {
         let group = GroupId(reader.number()?);
         let replica = ReplicaId(reader.number()?);
         let incarnation = reader.number()?;
-        let generation = reader.number()?;
+        let generation = reader.count()?;
         let purged = reader.position()?;
         let start_chain = reader.number()?;
-        let start_offset = Offset(reader.number()?);
-        let (there, base) = (reader.number()?, reader.number()?);
+        let start_offset = Offset(reader.count()?);
+        let (there, base) = (reader.number()?, reader.count()?);
         let tail = (there != 0).then_some(RaftIndex(base));
         reader.end()?;
         Ok(Self { group, replica, incarnation, generation, purged, start_chain, start_offset, tail })
@@ -274,11 +289,11 @@ impl SegmentHeader {
             group: GroupId(reader.number()?),
             replica: ReplicaId(reader.number()?),
             incarnation: reader.number()?,
-            generation: reader.number()?,
-            base_index: RaftIndex(reader.number()?),
-            base_offset: Offset(reader.number()?),
+            generation: reader.count()?,
+            base_index: RaftIndex(reader.count()?),
+            base_offset: Offset(reader.count()?),
             chain: reader.number()?,
-            term_before: Term(reader.number()?),
+            term_before: Term(reader.count()?),
             time_before_ms: reader.number()?,
             capacity: reader.number()?,
         };
@@ -330,7 +345,7 @@ impl Mark {
 
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(What::Mark, unseal(What::Mark, bytes)?);
-        let (sequence, next_index, chain) = (reader.number()?, reader.number()?, reader.number()?);
+        let (sequence, next_index, chain) = (reader.count()?, reader.count()?, reader.number()?);
         let sealed_at = Some(reader.number()?).filter(|at| *at != 0);
         let committed = reader.position()?;
         reader.end()?;
@@ -386,6 +401,16 @@ mod tests {
         for size in 0..whole.len() {
             assert!(Manifest::decode(&whole[..size]).is_err(), "size {size}");
         }
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_are_refused() {
+        let at_the_limit = Manifest { purged: Some(LogPosition::new(4, COUNT_MAX)), ..manifest() };
+        assert!(Manifest::decode(&at_the_limit.encode()).is_ok());
+        let above = Manifest { purged: Some(LogPosition::new(4, COUNT_MAX + 1)), ..manifest() };
+        assert!(matches!(Manifest::decode(&above.encode()), Err(DecodeError::Value { .. })));
+        let mark = Mark { sequence: u64::MAX, next_index: 9, chain: 1, sealed_at: None, committed: None };
+        assert!(matches!(Mark::decode(&mark.encode()), Err(DecodeError::Value { .. })));
     }
 
     #[test]

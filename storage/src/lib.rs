@@ -61,11 +61,13 @@ mod turn;
 pub use checkpoint::CheckpointKind;
 pub use damage::Damage;
 pub use disk::faulty::{FaultyDisk, Operation};
-pub use disk::memory::MemoryDisk;
+pub use disk::memory::{MemoryDisk, Unsynced};
 pub use disk::real::RealDisk;
 pub use disk::{BLOCK_SIZE, BlockFile, Disk, DiskSpace, File};
 pub use error::{Error, OpenError, ReadError};
-pub use inspect::{BatchInspection, Inspection, LogInspection, SegmentInspection, inspect, inspect_on};
+pub use inspect::{
+    BatchInspection, Fault, Inspection, LogCheck, LogInspection, SegmentInspection, TermSpan, inspect, inspect_on,
+};
 pub use log::{Log, OnFlushed};
 pub use metrics::{Histogram, Metrics};
 pub use options::{Backend, Identity, Options};

@@ -247,6 +247,11 @@ impl LogCore {
                 capacity,
             },
         ));
+        // One that was cut at its first entry has the same name: this one takes its place on disk, and a
+        // purge of it would remove this one.
+        if state.segments.back().is_some_and(|tail| tail.base_index() == header.index.0) {
+            state.segments.pop_back();
+        }
         state.queue.push_back(Op::Roll(Arc::clone(&segment)));
         state.segments.push_back(SegmentState::new(segment, self.engine.options.index_step));
         state.tail_open = true;
@@ -354,6 +359,11 @@ impl Log {
         if state.pending_size > 0 && state.pending_size + size > limit {
             return Err(Error::Overloaded { pending_size: state.pending_size, limit });
         }
+        // Before anybody can count them off again.
+        let metrics = &core.engine.metrics;
+        metrics::add(&metrics.appended_count, count);
+        metrics::add(&metrics.queue_depth, count);
+        metrics::add(&metrics.queue_size, size);
         for batch in batches {
             core.place(&mut state, batch);
         }
@@ -367,10 +377,6 @@ impl Log {
             core.schedule(&mut state);
         }
         drop(state);
-        let metrics = &core.engine.metrics;
-        metrics::add(&metrics.appended_count, count);
-        metrics::add(&metrics.queue_depth, count);
-        metrics::add(&metrics.queue_size, size);
         Ok(turn)
     }
 

@@ -291,6 +291,9 @@ impl Log {
             });
             match result {
                 Ok(true) if next > start => {}
+                Ok(true) if gathered.batches.is_empty() => {
+                    return Err(std::io::Error::other(format!("entry {next} is not where the index says")).into());
+                }
                 Ok(_) => return Ok(gathered.batches),
                 Err(_) if !gathered.batches.is_empty() => return Ok(gathered.batches),
                 Err(error) => return Err(error),

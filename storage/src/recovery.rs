@@ -17,7 +17,7 @@
 //!   its mark slots are bad: as a break where its entries should stand
 //!   the newest segment is so, or its last entry is damaged: quarantine
 //!   manifest or vote bad or missing, segment of a newer generation: quarantine
-//!   manifest, vote or segment header of a newer format: refuse
+//!   a whole sealed block of a newer format, whatever it is: refuse
 //!   segment of an older generation, or wholly purged: leftover, removed
 //!   checkpoint above the end of the log: removed
 //!   index file bad or missing: the segment is walked
@@ -49,7 +49,8 @@ use crate::error::OpenError;
 use crate::flush::LogIo;
 use crate::index;
 use crate::layout::{
-    MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, SegmentHeader, VOTE_FILE, What, log_dir, parse_file_name, unseal,
+    MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, SEGMENT_DATA_AT, SegmentHeader, VOTE_FILE, What, log_dir,
+    parse_file_name, unseal,
 };
 use crate::log::State;
 use crate::position::{LogPosition, index_after};
@@ -208,7 +209,7 @@ pub(crate) fn recover(
     };
     leftover.append(&mut walked.leftover);
     recovery.removed_segment_count = leftover.len();
-    let kept_checkpoints = opener.sort_checkpoints(&names, walked.last, &mut leftover);
+    let kept_checkpoints = opener.sort_checkpoints(&names, walked.last, &mut leftover)?;
     recovery.removed_checkpoint_count = leftover.len() - recovery.removed_segment_count;
     let segments = || walked.segments.iter().map(|segment| &segment.segment.header);
     let orphans = names.iter().filter(|name| name.ends_with(".tmp") || index::is_orphan(name, segments()));
@@ -340,6 +341,12 @@ impl Opener<'_> {
                     continue;
                 }
             };
+            // The blocks in front are there before the name: without them, the newest mark may be gone.
+            let size = file.size().map_err(|error| self.io(&path, error))?;
+            if size < SEGMENT_DATA_AT {
+                lose(format!("it is cut short at byte {size}"))?;
+                continue;
+            }
             let owner = (header.group, header.replica, header.incarnation);
             if owner != (manifest.group, manifest.replica, manifest.incarnation) || header.file_name() != *name {
                 lose("it belongs to another log or place".to_owned())?;
@@ -352,15 +359,14 @@ impl Opener<'_> {
             if header.generation > manifest.generation {
                 return Err(self.quarantine(format!("{name}: it is newer than the manifest")));
             }
+            // One slot may be torn; one that is whole and newer was written after the other.
+            let slot_error = front.slot_error.unwrap_or(DecodeError::Magic { what: "durable mark" });
+            if matches!(slot_error, DecodeError::Version { .. }) {
+                return Err(self.refuse(name, &slot_error));
+            }
             match front.mark {
                 Some(mark) => found.push(Found { name: name.clone(), header, mark, slot: front.slot, file }),
-                None => {
-                    let error = front.slot_error.unwrap_or(DecodeError::Magic { what: "durable mark" });
-                    if matches!(error, DecodeError::Version { .. }) {
-                        return Err(self.refuse(name, &error));
-                    }
-                    lose(error.to_string())?;
-                }
+                None => lose(slot_error.to_string())?,
             }
         }
         found.sort_by_key(|found| found.header.base_index);
@@ -421,16 +427,17 @@ impl Opener<'_> {
         names: &[String],
         last: Option<LogPosition>,
         leftover: &mut Vec<String>,
-    ) -> Vec<(checkpoint::CheckpointKind, LogPosition)> {
+    ) -> Result<Vec<(checkpoint::CheckpointKind, LogPosition)>, OpenError> {
         let mut kept = Vec::new();
         for name in names {
             let Some(found) = checkpoint::parse_file_name(name) else { continue };
+            checkpoint::check_version(self.disk, &join(&self.dir, name)).map_err(|error| self.refuse(name, &error))?;
             if found.1.index.0 < index_after(last) {
                 kept.push(found);
             } else {
                 leftover.push(name.clone());
             }
         }
-        kept
+        Ok(kept)
     }
 }

@@ -106,14 +106,50 @@ fn the_log_can_be_read_without_its_node() {
     assert_eq!((&document["cluster"], &document["node"]), (&"local".into(), &1.into()));
     assert!(succeed(&mut arqon(&["log", "inspect", &data]), b"").contains("1000 records"));
 
+    let events: Vec<_> = documents(&mut arqon(&["log", "dump", &data, "--json"]), b"");
+    let (events, others): (Vec<_>, Vec<_>) = events.into_iter().partition(|line| line["kind"] == "data");
+    let payloads: std::collections::BTreeSet<_> = events.iter().map(|event| event["payload"].to_string()).collect();
+    assert_eq!((events.len(), payloads.len()), (1_000, 1_000));
+    assert!(
+        others.iter().any(|line| line["group"] == 0 && line["text"].to_string().contains("a.events")),
+        "{others:?}"
+    );
+    let (group, last) = (events[0]["group"].to_string(), events.last().unwrap()["offset"].as_u64().unwrap());
+    let args = ["log", "dump", &data, "--group", &group, "--from", "100", "--limit", "2"];
+    let lines = succeed(&mut arqon(&args), b"");
+    assert_eq!(lines.lines().count(), 2);
+    for (line, offset) in lines.lines().zip(100..) {
+        for part in [format!("group {group} "), format!(" data offset {offset} "), "payload \"event number ".to_owned()]
+        {
+            assert!(line.contains(&part), "{part} in {line}");
+        }
+    }
+    assert!(last >= 102, "the first log has enough events to start in the middle");
+    assert!(fail(&mut arqon(&["log", "dump", &data, "--group", "999"]), b"", 1).contains("group 999"));
+
     // One flipped bit in the middle of the records.
     let segment = segment_with(&document["logs"], &data, b"event number 500");
     let mut bytes = std::fs::read(&segment).unwrap();
     let at = position(&bytes, b"event number 500").unwrap();
     bytes[at] ^= 1;
     std::fs::write(&segment, bytes).unwrap();
-    let error = fail(&mut arqon(&["log", "verify", &data]), b"", 1);
-    assert!(error.contains("1 places are damaged"), "{error}");
+    let place = segment.strip_prefix(&data).unwrap().display().to_string();
+    for command in [vec!["verify"], vec!["inspect"], vec!["dump"], vec!["dump", "--json"]] {
+        let mut args = vec!["log", command[0], &data];
+        args.extend(&command[1..]);
+        let output = arqon(&args).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{command:?}");
+        let (text, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(error.contains("1 place is damaged"), "{command:?}: {error}");
+        assert!(text.contains(&place) && text.contains("byte"), "{command:?} names file and byte: {text}");
+    }
+
+    // The segment is gone altogether.
+    std::fs::remove_file(&segment).unwrap();
+    let output = arqon(&["log", "verify", &data, "--json"]).output().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), &report["valid"]), (Some(1), &false.into()), "{report}");
+    assert!(report["damage"].to_string().contains("is missing"), "{report}");
 }
 
 fn position(bytes: &[u8], text: &[u8]) -> Option<usize> {

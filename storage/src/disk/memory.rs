@@ -96,6 +96,19 @@ pub struct MemoryDisk {
     lock: Arc<OnceLock<Arc<()>>>,
 }
 
+/// What becomes of each write and change of a name that was not synced when the power goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsynced {
+    /// It is gone.
+    Lost,
+    /// It is there.
+    Kept,
+    /// Some 512-byte sectors of a write are there; a name is there or not.
+    Torn,
+    /// Any of these, each for itself.
+    Any,
+}
+
 /// A small generator, so that a seed replays a cut exactly (splitmix64, Steele et al. 2014).
 struct Random(u64);
 
@@ -106,6 +119,23 @@ impl Random {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
+    }
+}
+
+impl Unsynced {
+    fn of_write(self, random: &mut Random) -> Self {
+        match self {
+            Self::Any => [Self::Lost, Self::Kept, Self::Torn][(random.next() % 3) as usize],
+            fate => fate,
+        }
+    }
+
+    fn keeps_name(self, random: &mut Random) -> bool {
+        match self {
+            Self::Lost => false,
+            Self::Kept => true,
+            Self::Torn | Self::Any => random.next().is_multiple_of(2),
+        }
     }
 }
 
@@ -184,15 +214,21 @@ impl MemoryDisk {
     /// All earlier handles and open files fail from now on.
     #[must_use]
     pub fn cut(&self, seed: u64) -> Self {
+        self.cut_where(Unsynced::Any, seed)
+    }
+
+    /// As [`MemoryDisk::cut`], with one fate for all that was not synced.
+    #[must_use]
+    pub fn cut_where(&self, unsynced: Unsynced, seed: u64) -> Self {
         let mut random = Random(seed);
         let mut contents = self.lock_contents();
         for file in &mut contents.files {
             let mut found = std::mem::take(&mut file.durable);
             for Write { at, bytes, .. } in std::mem::take(&mut file.unsynced) {
-                match random.next() % 3 {
-                    0 => {}
-                    1 => put(&mut found, at, &bytes),
-                    _ => put_torn(&mut found, at, &bytes, &mut random),
+                match unsynced.of_write(&mut random) {
+                    Unsynced::Lost => {}
+                    Unsynced::Kept => put(&mut found, at, &bytes),
+                    Unsynced::Torn | Unsynced::Any => put_torn(&mut found, at, &bytes, &mut random),
                 }
             }
             file.now.clone_from(&found);
@@ -201,13 +237,24 @@ impl MemoryDisk {
         for dir in &mut contents.dirs {
             let mut found = std::mem::take(&mut dir.durable);
             for change in std::mem::take(&mut dir.unsynced) {
-                if random.next().is_multiple_of(2) {
+                if unsynced.keeps_name(&mut random) {
                     apply(&mut found, &change);
                 }
             }
             dir.now.clone_from(&found);
             dir.durable = found;
         }
+        contents.life += 1;
+        contents.locked = Weak::new();
+        contents.power_off_at = None;
+        Self { contents: Arc::clone(&self.contents), life: contents.life, lock: Arc::default() }
+    }
+
+    /// Ends the process that has this disk, at once, as SIGKILL does: all earlier handles and open
+    /// files fail from now on, and what was written is there and not synced.
+    #[must_use]
+    pub fn kill(&self) -> Self {
+        let mut contents = self.lock_contents();
         contents.life += 1;
         contents.locked = Weak::new();
         contents.power_off_at = None;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use arqon_proto::{DecodeError, Header, Offset, RaftIndex, limits};
 
 use super::{Bounds, Found, Opener, SMALL_SIZE_MAX, Stop, Walked};
-use crate::damage::{Cursor, Damage, Goal, Hole, resync};
+use crate::damage::{Cursor, Damage, Hole, resync};
 use crate::disk::{self, join};
 use crate::error::OpenError;
 use crate::index::{self, IndexPoint};
@@ -64,13 +64,13 @@ impl Opener<'_> {
                 walked.leftover.push(this.name);
                 continue;
             }
-            let goal = bounds.goal(found.peek().map(|(_, next)| &next.header));
-            let (segment, stop) = self.walk_segment(this, bounds, &goal, &mut end, &mut walked)?;
+            let next = found.peek().map(|(_, next)| next.header.clone());
+            let (segment, stop) = self.walk_segment(this, bounds, next.as_ref(), &mut end, &mut walked)?;
             walked.stop = stop;
             walked.stop_place = format!("{} byte {}", segment.segment.header.file_name(), segment.end);
             walked.segments.push_back(segment);
         }
-        if end.index < start {
+        if end.index < start && !matches!(walked.stop, Stop::Newer(_)) {
             return Err(self.quarantine(format!("its entries end at {} and it starts at {start}", end.index)));
         }
         if end.index > start {
@@ -88,10 +88,11 @@ impl Opener<'_> {
         &self,
         found: Found,
         bounds: &Bounds<'_>,
-        goal: &Goal,
+        next: Option<&SegmentHeader>,
         end: &mut Cursor,
         walked: &mut Walked,
     ) -> Result<(SegmentState, Stop), OpenError> {
+        let goal = bounds.goal(next);
         let Bounds { manifest, mark, .. } = bounds;
         let path = join(&self.dir, &found.name);
         let failed = |error| self.io(&path, error);
@@ -104,7 +105,8 @@ impl Opener<'_> {
         let file = segment.file().map_err(failed)?;
         let mut walk = Walk::new(file.as_ref(), SEGMENT_DATA_AT, data_end);
         end.at = SEGMENT_DATA_AT;
-        let mut points = self.saved_points(&segment, data_end, mark);
+        let limit = next.map_or(u64::MAX, |next| next.base_index.0 + 1).min(mark.next_index);
+        let mut points = self.saved_points(&segment, data_end, limit, start)?;
         // The log start and the durable mark are met by walking, what lies before by jumping.
         if end.index < start {
             let count = points.partition_point(|point| point.index <= start);
@@ -121,6 +123,11 @@ impl Opener<'_> {
         let stop = loop {
             check((end.index, start), end.chain, "manifest")?;
             check((end.index, mark.next_index), end.chain, "durable mark")?;
+            // The next segment was begun here: what stands behind was truncated, whatever the marks say.
+            let begun = next.map(|next| (next.base_index.0, next.base_offset.0, next.chain));
+            if begun == Some((end.index, end.offset, end.chain)) {
+                break Stop::Zeroes;
+            }
             if end.index >= start && points.last().is_some_and(|last| last.index > end.index) {
                 jump(&std::mem::take(&mut points), &mut walk, &mut state, end);
                 continue;
@@ -138,7 +145,7 @@ impl Opener<'_> {
                 Err(stop) => stop,
             };
             let may_go_round = !matches!(stop, Stop::Newer(_)) && end.index < bounds.known_end();
-            let behind = if may_go_round { resync(file.as_ref(), end, data_end, goal).map_err(failed)? } else { None };
+            let behind = if may_go_round { resync(file.as_ref(), end, data_end, &goal).map_err(failed)? } else { None };
             let Some(behind) = behind.filter(|behind| behind.index <= bounds.known_end()) else { break stop };
             walked.damaged.push(round(&path, &segment.header, end, &behind, &stop));
             state.skip_to(IndexPoint {
@@ -190,22 +197,42 @@ impl Opener<'_> {
     }
 
     /// The saved index of a segment up to the mark, if it was made of the entries that are there.
-    fn saved_points(&self, segment: &Segment, data_end: u64, mark: &Mark) -> Vec<IndexPoint> {
-        let path = join(&self.dir, &index::file_name(&segment.header));
-        let Ok(bytes) = disk::read_all(self.disk, &path, SMALL_SIZE_MAX) else { return Vec::new() };
-        let mut points = index::decode(&bytes).unwrap_or_default();
+    fn saved_points(
+        &self,
+        segment: &Segment,
+        data_end: u64,
+        limit: u64,
+        start: u64,
+    ) -> Result<Vec<IndexPoint>, OpenError> {
+        let name = index::file_name(&segment.header);
+        let path = join(&self.dir, &name);
+        let Ok(bytes) = disk::read_all(self.disk, &path, SMALL_SIZE_MAX) else { return Ok(Vec::new()) };
+        let mut points = match index::decode(&bytes) {
+            Ok(points) => points,
+            Err(error @ DecodeError::Version { .. }) => return Err(self.refuse(&name, &error)),
+            Err(_) => return Ok(Vec::new()),
+        };
         // The walk goes on at an entry below the mark, which gives it its term. Above the mark every entry is
         // looked at, and behind a cut there are none.
-        points.truncate(points.partition_point(|point| point.index < mark.next_index && point.at < data_end));
+        points.truncate(points.partition_point(|point| point.index < limit && point.at < data_end));
         let meets = |point: &IndexPoint| {
             let found = segment.file().map(|file| Walk::new(file.as_ref(), point.at, data_end).next());
             matches!(found, Ok(Ok(Some((_, found)))) if (found.index.0, found.base_offset.0, found.chain, found.term.0)
                 == (point.index, point.offset, point.chain, point.term))
         };
-        if !points.last().is_some_and(meets) {
+        let header = &segment.header;
+        let (base_index, base_offset) = (header.base_index.0, header.base_offset.0);
+        let begins_here = |first: &IndexPoint| {
+            first.at >= SEGMENT_DATA_AT && first.index >= base_index && first.offset >= base_offset
+        };
+        // The two at which the walk goes on: at the log start, and before the mark.
+        let at_start = points.iter().take_while(|point| point.index <= start).last();
+        let is_sound =
+            points.first().is_some_and(begins_here) && points.last().is_some_and(meets) && at_start.is_none_or(meets);
+        if !is_sound {
             points.clear();
         }
-        points
+        Ok(points)
     }
 }
 

@@ -1,18 +1,18 @@
 //! Power cuts at every change that a run makes to the disk.
 //!
 //! The story of each case: a replica appends, truncates, votes, purges, saves checkpoints and
-//! installs a snapshot; at change number n the power goes; of what was not synced each write and
-//! each name is there, torn or gone, by a seed; half of the time the power goes again while the
+//! installs a snapshot; at change number n the power goes; what was not synced is gone, there, torn, or
+//! each write and name any of these by a seed; some of the time the power goes again while the
 //! log is being opened. Then it is opened for good and judged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
 
 use crate::support::*;
 use arqon_proto::{Batch, Offset, RaftIndex};
-use arqon_storage::{BlockFile, CheckpointKind, Disk, File, Log, LogPosition, MemoryDisk, OpenError, Store};
+use arqon_storage::{BlockFile, CheckpointKind, Disk, File, Log, LogPosition, MemoryDisk, OpenError, Store, Unsynced};
 use bytes::Bytes;
 
 type Entry = (u64, u64, u32, Bytes);
@@ -116,6 +116,8 @@ impl Promises {
 
     fn save_checkpoint(&mut self, log: &Log) {
         let Some(position) = log.last() else { return };
+        // It goes where the log start goes, and its loss costs a lagging replica no more than time.
+        drop(block_on(log.save_checkpoint(CheckpointKind::Retention, position, Bytes::from("state"))));
         let saved = block_on(log.save_checkpoint(CheckpointKind::Newest, position, Bytes::from("state")));
         if saved.is_ok() {
             self.checkpoint = Some(position);
@@ -145,6 +147,10 @@ impl Promises {
         self.truncate(log, 9);
         self.append(log, entries(3, log, 30, 700));
         self.collect();
+        self.save_checkpoint(log);
+        self.append(log, entries(3, log, 2, 100));
+        self.save_checkpoint(log);
+        self.append(log, entries(3, log, 2, 100));
         self.save_checkpoint(log);
         if let Some(entry) = self.live.get(&12).cloned() {
             self.purge(log, LogPosition::new(entry.0, 12));
@@ -224,7 +230,21 @@ enum Lie {
     Flush,
 }
 
-struct LyingDisk(MemoryDisk, Lie);
+/// Also notes which names it was asked to change.
+struct LyingDisk(MemoryDisk, Lie, Names);
+
+/// How often what was done to which type of file.
+type Names = Arc<Mutex<BTreeMap<String, usize>>>;
+
+impl LyingDisk {
+    fn note(&self, what: &str, path: &str) {
+        let name = path.rsplit('/').next().unwrap_or(path);
+        let kind = name.trim_start_matches(|first: char| first.is_ascii_digit() || first == '-');
+        let kind = kind.split("-0").next().unwrap_or(kind);
+        *self.2.lock().unwrap().entry(format!("{what} {kind}")).or_default() += 1;
+    }
+}
+
 struct LyingFile(Arc<dyn File>);
 struct LyingBlockFile(Arc<dyn BlockFile>);
 
@@ -241,6 +261,7 @@ impl Disk for LyingDisk {
     }
     fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let file = self.0.create(path)?;
+        self.note("create", path);
         Ok(if self.1 == Lie::Files { Arc::new(LyingFile(file)) } else { file })
     }
     fn open_blocks(&self, path: &str) -> io::Result<Arc<dyn BlockFile>> {
@@ -251,9 +272,11 @@ impl Disk for LyingDisk {
         if self.1 == Lie::Flush { Ok(()) } else { self.0.flush() }
     }
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.note("rename to", to);
         self.0.rename(from, to)
     }
     fn remove(&self, path: &str) -> io::Result<()> {
+        self.note("remove", path);
         self.0.remove(path)
     }
     fn create_dir(&self, path: &str) -> io::Result<()> {
@@ -297,19 +320,20 @@ impl BlockFile for LyingBlockFile {
     }
 }
 
-fn open(disk: &MemoryDisk, lie: Lie) -> Result<(Store, Log), OpenError> {
+fn open(disk: &MemoryDisk, lie: Lie, names: &Names) -> Result<(Store, Log), OpenError> {
     let options = arqon_storage::Options { thread_count: 1, ..small_options() };
-    let store = Store::open_on(Arc::new(LyingDisk(disk.again(), lie)), identity(), options)?;
+    let disk = LyingDisk(disk.again(), lie, Arc::clone(names));
+    let store = Store::open_on(Arc::new(disk), identity(), options)?;
     let (log, _) = store.open_log(GROUP, REPLICA)?;
     Ok((store, log))
 }
 
 /// Runs until the power goes at change `at`. Says how many changes there were.
-fn run(disk: &MemoryDisk, at: Option<u64>, lie: Lie) -> (Promises, u64) {
+fn run(disk: &MemoryDisk, at: Option<u64>, lie: Lie, names: &Names) -> (Promises, u64) {
     let mut promises = Promises::default();
-    let (store, log) = open(disk, Lie::None).expect("an empty disk opens");
+    let (store, log) = open(disk, Lie::None, &Names::default()).expect("an empty disk opens");
     drop((store, log));
-    let (store, log) = open(disk, lie).expect("a closed log opens");
+    let (store, log) = open(disk, lie, names).expect("a closed log opens");
     let before = disk.operation_count();
     if let Some(at) = at {
         disk.power_off_at(before + at);
@@ -319,55 +343,119 @@ fn run(disk: &MemoryDisk, at: Option<u64>, lie: Lie) -> (Promises, u64) {
     (promises, disk.operation_count() - before)
 }
 
+/// When the power goes, and what becomes of what was not synced.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    at: u64,
+    unsynced: Unsynced,
+    seed: u64,
+}
+
 /// Says how many entries were acknowledged, or what was broken.
-fn judge_cut(at: u64, seed: u64, lie: Lie) -> Result<usize, String> {
-    let disk = MemoryDisk::new();
-    let (promises, _) = run(&disk, Some(at), lie);
-    let mut disk = disk.cut(seed);
+fn judge_cut(cut: Cut, lie: Lie) -> Result<usize, String> {
+    let (disk, seed) = (MemoryDisk::new(), cut.seed);
+    let (promises, _) = run(&disk, Some(cut.at), lie, &Names::default());
+    let mut disk = disk.cut_where(cut.unsynced, seed);
     if seed % 2 == 1 {
         disk.power_off_at(disk.operation_count() + seed / 2 % 24);
-        drop(open(&disk, lie));
-        disk = disk.cut(seed ^ 0x5555);
+        drop(open(&disk, lie, &Names::default()));
+        disk = disk.cut_where(cut.unsynced, seed ^ 0x5555);
     }
-    let story = format!("power cut at change {at}, seed {seed}");
-    let (store, log) = open(&disk, lie).map_err(|error| format!("{story}: {error}"))?;
-    promises.judge(&log).map_err(|reason| format!("{story}: {reason}"))?;
+    judge_found(&promises, disk, lie, seed).map_err(|reason| format!("{cut:?}: {reason}"))?;
+    Ok(promises.acknowledged_count)
+}
+
+/// Opens what the power left for good, judges it, and goes on with it.
+fn judge_found(promises: &Promises, disk: MemoryDisk, lie: Lie, seed: u64) -> Result<(), String> {
+    let names = Names::default();
+    let (store, log) = open(&disk, lie, &names).map_err(|error| error.to_string())?;
+    promises.judge(&log)?;
 
     // Life goes on, and what is written now stands too.
     let term = log.last().map_or(9, |last| last.term.0 + 9);
     append_many(&log, term, 12, 800);
     let first = |log: &Log| log.purged().map_or(0, |purged| purged.index.0 + 1);
-    let read = |log: &Log| try_read_entries(log, first(log), usize::MAX).map_err(|error| format!("{story}: {error}"));
+    let read = |log: &Log| try_read_entries(log, first(log), usize::MAX).map_err(|error| error.to_string());
     let expected = read(&log)?;
     drop((store, log));
     let disk = disk.cut(seed + 1);
-    let (_store, log) = open(&disk, lie).map_err(|error| format!("{story}, again: {error}"))?;
+    let (_store, log) = open(&disk, lie, &names).map_err(|error| format!("again: {error}"))?;
     if read(&log)? != expected {
-        return Err(format!("{story}: what was written after it is lost"));
+        return Err("what was written after it is lost".to_owned());
     }
-    Ok(promises.acknowledged_count)
+    Ok(())
 }
 
 #[test]
 fn nothing_acknowledged_is_lost_whenever_the_power_goes() {
-    let (promises, count) = run(&MemoryDisk::new(), None, Lie::None);
+    let names = Names::default();
+    let (promises, count) = run(&MemoryDisk::new(), None, Lie::None, &names);
     assert!(promises.acknowledged_count > 100 && count > 100, "the run does too little to judge");
+    let names = names.lock().unwrap();
+    println!("{count} changes of the disk, among them {names:?}");
+    let expected = [
+        "create .seg.tmp",
+        "rename to .seg",
+        "rename to .idx",
+        "rename to manifest",
+        "rename to vote",
+        "rename to checkpoint-newest",
+        "rename to checkpoint-retention",
+        "remove .seg",
+        "remove .idx",
+        "remove checkpoint-newest",
+    ];
+    for name in expected {
+        assert!(names.contains_key(name), "the run never does this: {name}");
+    }
     let seeds: u64 = std::env::var("CRASH_SEEDS").map_or(4, |seeds| seeds.parse().unwrap());
-    let mut acknowledged_count = 0;
+    let fates = [Unsynced::Lost, Unsynced::Kept, Unsynced::Torn].into_iter().zip(0..);
+    let fates: Vec<_> = fates.chain((0..seeds).map(|seed| (Unsynced::Any, seed))).collect();
+    let (mut cut_count, mut acknowledged_count) = (0, 0);
     for at in 0..count + 20 {
-        for seed in 0..seeds {
-            acknowledged_count +=
-                judge_cut(at, at * 1_000 + seed, Lie::None).unwrap_or_else(|broken| panic!("{broken}"));
+        for (unsynced, seed) in &fates {
+            let cut = Cut { at, unsynced: *unsynced, seed: at * 1_000 + seed };
+            acknowledged_count += judge_cut(cut, Lie::None).unwrap_or_else(|broken| panic!("{broken}"));
+            cut_count += 1;
         }
     }
+    println!("{cut_count} cuts, {acknowledged_count} entries acknowledged before them");
     assert!(acknowledged_count > 1_000, "the cuts came before anything was acknowledged");
+}
+
+/// The story: the power goes, and again at change number n of the start that follows.
+#[test]
+fn nothing_is_lost_when_the_power_goes_again_while_the_log_is_opened() {
+    let (_, count) = run(&MemoryDisk::new(), None, Lie::None, &Names::default());
+    let mut cut_count = 0;
+    for (number, at) in (0..count + 10).step_by(9).enumerate() {
+        let first = MemoryDisk::new();
+        let (promises, _) = run(&first, Some(at), Lie::None, &Names::default());
+        let fate = |number: usize| [Unsynced::Lost, Unsynced::Torn, Unsynced::Any, Unsynced::Kept][number % 4];
+        let first = first.cut_where(fate(number), at);
+        let whole = MemoryDisk::copy_of(&first);
+        let before = whole.operation_count();
+        drop(open(&whole, Lie::None, &Names::default()).expect("what a cut leaves opens"));
+        for again in 0..whole.operation_count() - before {
+            let disk = MemoryDisk::copy_of(&first);
+            disk.power_off_at(before + again);
+            drop(open(&disk, Lie::None, &Names::default()));
+            let found = disk.cut_where(fate(number + 1 + again as usize), at + again);
+            judge_found(&promises, found, Lie::None, at)
+                .unwrap_or_else(|reason| panic!("cut at change {at}, and again at {again} of the start: {reason}"));
+            cut_count += 1;
+        }
+    }
+    println!("{cut_count} cuts while a log is opened");
+    assert!(cut_count > 100, "the starts after a cut do too little to judge");
 }
 
 /// The control: on a disk that pretends to sync, these cuts must find losses.
 #[test]
 fn a_disk_that_pretends_to_sync_is_found_out() {
     for lie in [Lie::Files, Lie::Names, Lie::Flush] {
-        let broken = (0..60).filter(|at| judge_cut(at * 2, at * 1_000, lie).is_err()).count();
+        let broken = (0..60).map(|at| Cut { at: at * 2, unsynced: Unsynced::Any, seed: at * 1_000 });
+        let broken = broken.filter(|cut| judge_cut(*cut, lie).is_err()).count();
         assert!(broken > 0, "no cut showed that syncs are missing");
     }
 }

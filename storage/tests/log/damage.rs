@@ -261,3 +261,26 @@ fn inspection_needs_no_lock_and_changes_nothing() {
     assert_eq!(whole, 30);
     assert!(arqon_storage::inspect(&dir.path().join("absent")).is_err());
 }
+
+/// The story: after a truncation the log went on in a new segment; then the marks were lost that tell of
+/// both. That the new segment begins where it does tells it too.
+#[test]
+fn truncated_entries_stay_gone_when_the_marks_that_tell_of_it_are_lost() {
+    let disk = MemoryDisk::new();
+    let (store, log) = open_on(Arc::new(disk.again())).unwrap();
+    append_many(&log, 1, 3, 300);
+    block_on(log.truncate_from(RaftIndex(1))).unwrap();
+    append_many(&log, 2, 1, 300);
+    drop(log);
+    block_on(store.close());
+    for path in files(&disk, ".seg") {
+        let mut bytes = disk.bytes(&path).unwrap();
+        let sequence = |at: usize| u64::from_le_bytes(bytes[at + 16..at + 24].try_into().unwrap());
+        let newest = if sequence(4_096) > sequence(8_192) { 4_096 } else { 8_192 };
+        bytes[newest..newest + 4_096].fill(0);
+        disk.set_bytes(&path, &bytes).unwrap();
+    }
+    let (_store, log) = open_on(Arc::new(disk.again())).unwrap();
+    let found: Vec<_> = read_entries(&log, 0, usize::MAX).iter().map(essence).collect();
+    assert_eq!(found, [essence(&data(1, 0, 1, 300, 0)), essence(&data(2, 1, 1, 300, 0))]);
+}

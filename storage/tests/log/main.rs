@@ -5,6 +5,8 @@
 mod contract;
 mod crash;
 mod damage;
+mod fixtures;
+mod flips;
 mod index;
 mod many;
 mod model;
