@@ -1,4 +1,5 @@
 //! Clocks that are wrong.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use crate::support::{Cluster, authorized, batch, now_seconds, until};
 use arqon_proto::{Claims, wire};

@@ -1,4 +1,5 @@
 //! Nodes that come, go and lose their disks while clients write.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::{
     collections::BTreeSet,
@@ -284,6 +285,12 @@ async fn a_node_that_lost_its_disk_comes_back_as_another_and_copies_everything()
     cluster.shutdown().await;
 }
 
+/// The log of the topic's replica on a node: group 0 is the metadata, 1 the operators' topic.
+fn topic_log(cluster: &Cluster, index: usize) -> Option<std::path::PathBuf> {
+    let mut logs = std::fs::read_dir(cluster.data(index).join("logs")).unwrap().map(|at| at.unwrap().path());
+    logs.find(|log| log.file_name().unwrap().to_str().unwrap().starts_with("2-"))
+}
+
 /// A replica whose log is gone, or whose vote cannot be read, is replaced without anybody's help.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_that_may_not_be_trusted_is_replaced_by_itself() {
@@ -299,9 +306,7 @@ async fn a_replica_that_may_not_be_trusted_is_replaced_by_itself() {
         },
     ] {
         cluster.stop(2).await;
-        let logs = std::fs::read_dir(cluster.data(2).join("logs")).unwrap().map(|at| at.unwrap().path());
-        // Group 0 is the metadata, 1 the operators' topic.
-        let log = logs.filter(|log| log.file_name().unwrap().to_str().unwrap().starts_with("2-")).next().unwrap();
+        let log = topic_log(&cluster, 2).expect("the topic's replica");
         damage(&log);
         cluster.restart(2).await;
         until("the node is ready", async || cluster.nodes[2].as_ref().unwrap().not_ready().is_none()).await;
@@ -325,11 +330,7 @@ async fn a_disk_that_is_lost_while_its_node_is_emptied_does_not_vote_again() {
     cluster.stop(fourth).await;
     let request = authorized(wire::DrainNodeRequest { node: 3, cancel: false }, &operator(&cluster));
     cluster.control(0).await.drain_node(request).await.unwrap();
-    let log = |cluster: &Cluster| {
-        let logs = std::fs::read_dir(cluster.data(2).join("logs")).unwrap().map(|at| at.unwrap().path());
-        logs.filter(|log| log.file_name().unwrap().to_str().unwrap().starts_with("2-")).next()
-    };
-    let old = log(&cluster).expect("the topic's replica on node 3");
+    let old = topic_log(&cluster, 2).expect("the topic's replica on node 3");
     cluster.stop(2).await;
     std::fs::remove_dir_all(cluster.data(2)).unwrap();
     cluster.restart(2).await;

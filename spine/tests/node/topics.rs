@@ -1,4 +1,5 @@
 //! Settings that change while a topic is in use, and trims, on real nodes.
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use crate::support::{Cluster, authorized, batch_of, fetch_from, until};
 use arqon_proto::wire;

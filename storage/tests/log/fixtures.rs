@@ -84,6 +84,7 @@ fn write(disk: &MemoryDisk) {
     let checkpoint = vec![(CheckpointKind::Newest, state_at(500))];
     block_on(installed.install(position(4, 500), Offset(900), checkpoint)).unwrap();
     append_entries(installed, 4, 10);
+    store.set_placed(ReplicaId(12)).unwrap();
     block_on(store.close());
 }
 
@@ -185,6 +186,7 @@ fn offset_at(index: u64) -> u64 {
 fn assert_opens(disk: Arc<dyn Disk>, backend: Backend) {
     let store = store_on(disk, backend).unwrap();
     assert_eq!(store.logs().unwrap().len(), 7);
+    assert_eq!(store.placed().unwrap(), ReplicaId(12));
     let mut logs = Vec::new();
     let mut open = |group| {
         let (log, recovery) = store.open_log(group, REPLICA_OF_ALL).unwrap();
@@ -235,7 +237,7 @@ fn assert_opens(disk: Arc<dyn Disk>, backend: Backend) {
 #[test]
 fn a_directory_of_version_1_opens_for_ever() {
     let files = fixture();
-    for suffix in ["identity", "manifest", "vote", ".seg", ".idx", "rewrite"] {
+    for suffix in ["identity", "placed", "manifest", "vote", ".seg", ".idx", "rewrite"] {
         assert!(files.iter().any(|(path, _)| path.ends_with(suffix)), "the fixture has no {suffix}");
     }
     let disk = MemoryDisk::new();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::support::*;
-use arqon_proto::{Batch, Offset, RaftIndex};
+use arqon_proto::{Batch, Offset, RaftIndex, ReplicaId};
 use arqon_storage::{
     Backend, CheckpointKind, Disk, Log, LogPosition, MemoryDisk, OpenError, Options, ReadError, RealDisk, Store,
     inspect_on,
@@ -534,6 +534,31 @@ fn a_bit_flipped_at_any_byte_of_any_file_is_never_served_and_loses_nothing_in_si
 }
 
 /// The same on files, where entries are read from maps, past the page cache and through io_uring.
+/// The file that says which replicas have had a log here: its number, or that it is damaged.
+#[test]
+fn a_bit_flipped_in_the_placed_file_or_a_part_of_it_never_gives_another_number() {
+    let disk = MemoryDisk::new();
+    let open = |disk: &MemoryDisk| Store::open_on(Arc::new(disk.again()), identity(), small_options());
+    let store = open(&disk).unwrap();
+    assert_eq!(store.placed().unwrap(), ReplicaId(0));
+    store.set_placed(ReplicaId(0x0102_0304_0506)).unwrap();
+    drop(store);
+    let whole = disk.bytes("placed").unwrap();
+    let flips = (0..whole.len() * 8).map(|bit| {
+        let mut bytes = whole.clone();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        bytes
+    });
+    for bytes in flips.chain((0..whole.len()).map(|size| whole[..size].to_vec())) {
+        disk.set_bytes("placed", &bytes).unwrap();
+        let store = open(&disk).unwrap();
+        assert_eq!(store.placed().unwrap_err().kind(), std::io::ErrorKind::InvalidData, "{bytes:?}");
+        // Whoever knows better writes it anew.
+        store.set_placed(ReplicaId(7)).unwrap();
+        assert_eq!(store.placed().unwrap(), ReplicaId(7));
+    }
+}
+
 #[test]
 fn flipped_bits_are_found_on_files_too() {
     let [story, _] = stories();
