@@ -62,7 +62,7 @@ fn parse_time(text: &str) -> Result<SystemTime, String> {
         return Ok(time);
     }
     let ago = humantime::parse_duration(text).ok();
-    let time = ago.and_then(|ago| SystemTime::now().checked_sub(ago));
+    let time = ago.and_then(|ago| SystemTime::now().checked_sub(ago)).filter(|time| *time >= SystemTime::UNIX_EPOCH);
     time.ok_or_else(|| "neither a time as in 2031-05-01T00:00:00Z nor a span as in 36h".to_owned())
 }
 
