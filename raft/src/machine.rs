@@ -103,6 +103,8 @@ impl Machine {
         };
         let mut checkpoints = machine.log.checkpoints();
         checkpoints.sort_by_key(|(_, at)| std::cmp::Reverse(at.index));
+        // From one below the log's start the state cannot be made again.
+        checkpoints.retain(|(_, at)| machine.log.purged().is_none_or(|purged| at.index >= purged.index));
         for (kind, at) in checkpoints {
             match machine.log.load_checkpoint(kind, at).and_then(|bytes| machine.restore(&bytes)) {
                 Ok(()) => return Ok(machine),

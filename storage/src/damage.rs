@@ -443,6 +443,10 @@ impl LogCore {
     pub fn note_damage(&self, segment: &Arc<Segment>, damage: &Damage, behind: Option<IndexPoint>) {
         let mut state = self.lock();
         let Some(number) = state.segments.iter().position(|known| Arc::ptr_eq(&known.segment, segment)) else { return };
+        // It was looked at without the lock: what was truncated meanwhile is no damage.
+        if damage.last.0 >= state.segments[number].next_index {
+            return;
+        }
         if state.damage.insert(damage.clone()) {
             state.segments[number].add_point(behind);
             drop(state);

@@ -20,6 +20,7 @@ use crate::layout::{MARK_AT, Mark, SEGMENT_DATA_AT, SegmentHeader};
 use crate::log::{Log, LogCore, State, wait};
 use crate::metrics;
 use crate::segment::{Segment, SegmentState};
+use crate::space::SpaceState;
 
 /// Bytes copied at once.
 const COPY_SIZE: usize = 1 << 20;
@@ -145,7 +146,6 @@ impl LogCore {
     }
 
     fn repair_inside(self: &Arc<Self>, repair: &Repair, base: u64, at: u64, end: u64) -> io::Result<()> {
-        let disk = self.engine.disk.as_ref();
         let segment = {
             let state = self.lock();
             state.segments.iter().find(|segment| segment.base_index() == base).map(|known| Arc::clone(&known.segment))
@@ -168,7 +168,17 @@ impl LogCore {
             state.damage.remove(&repair.damage);
         }
         self.engine.request_index(self, segment);
-        disk.sync_dir(&self.dir)
+        self.sync_names()
+    }
+
+    /// Makes the new file's name durable. What is appended from now on goes to that file: when its name may be
+    /// lost with the power, nothing more may be acknowledged.
+    fn sync_names(self: &Arc<Self>) -> io::Result<()> {
+        let synced = self.engine.disk.sync_dir(&self.dir);
+        if let Err(error) = &synced {
+            self.poison(&format!("syncing the directory after a repair failed: {error}"));
+        }
+        synced
     }
 
     fn repair_between(self: &Arc<Self>, repair: &Repair, lost: &[String]) -> io::Result<()> {
@@ -193,6 +203,12 @@ impl LogCore {
         repair.headers.iter().for_each(|header| fresh.push(header));
         {
             let mut state = self.lock();
+            if !state.damage.iter().any(|known| *known == repair.damage) {
+                // Purged or dropped while the file was written.
+                drop(state);
+                disk.remove(&path)?;
+                return self.sync_names();
+            }
             // One that held no entry that can be read had the same name.
             state.segments.retain(|known| known.base_index() != fresh.base_index());
             let at = state.segments.partition_point(|known| known.base_index() < fresh.base_index());
@@ -200,7 +216,7 @@ impl LogCore {
             state.damage.remove(&repair.damage);
         }
         self.engine.request_index(self, segment);
-        disk.sync_dir(&self.dir)?;
+        self.sync_names()?;
         for other in lost.iter().filter(|other| **other != name) {
             match disk.remove(&join(&self.dir, other)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -235,10 +251,17 @@ impl Log {
     ///
     /// # Errors
     /// `InvalidData` when they are not, bit by bit, the entries that were lost; nothing was changed
-    /// then. Or the log is closed for writing or the disk failed; the damage stays listed then, unless the
-    /// new file is in place already.
+    /// then. `StorageFull` while the disk has no room for another copy of a segment. Or the log is closed for
+    /// writing or the disk failed; the damage stays listed then, unless the new file is in place already.
     pub async fn repair(&self, damage: &Damage, batches: Vec<Batch>) -> io::Result<()> {
         let repair = Box::new(Repair::prove(damage, batches)?);
+        // A whole segment is written anew, beside the old one; votes and marks need what is kept in reserve.
+        let space = self.store_space();
+        let size = repair.size.max(self.core.engine.options.segment_size_max);
+        if space.state == SpaceState::Full || space.free_size < size.saturating_add(space.reserve_size / 4) {
+            let text = format!("{} bytes are free, too few to write a segment anew", space.free_size);
+            return Err(io::Error::new(io::ErrorKind::StorageFull, text));
+        }
         let (done, receiver) = oneshot::channel();
         {
             let mut state = self.core.lock();
