@@ -431,22 +431,23 @@ impl MetadataState {
 /// Takes a change back: what was there is wanted again. A lost replica is not: the one in its place stays.
 fn take_back(placement: &mut wire::PartitionPlacement) {
     let in_place = |at: &wire::ReplicaNode| {
-        let successor = placement.target.iter().find(|new| new.node == at.node);
+        let mut successors = placement.target.iter().chain(&placement.extra);
+        let successor = successors.find(|new| new.node == at.node);
         successor.unwrap_or(at).clone()
     };
     let target = placement.replicas.iter().map(in_place).collect();
     retarget(placement, target, None);
 }
 
-/// The replica that a partition gets on a node: the one that it had there of late, or a new one.
+/// The replica that a partition gets on a node: the one that is there, which may still vote, or a new one.
 fn replica_for(
     placement: &wire::PartitionPlacement,
     node: u64,
     peer_address: &str,
     next_replica: &mut u64,
 ) -> wire::ReplicaNode {
-    let has_lost = placement.replicas.iter().any(|at| at.node == node);
-    if let Some(at) = placement.extra.iter().find(|at| at.node == node).filter(|_| !has_lost) {
+    // If it is lost its node quarantines it, and it is replaced.
+    if let Some(at) = known_on(placement, node) {
         return at.clone();
     }
     *next_replica += 1;
@@ -647,6 +648,30 @@ mod tests {
         assert!(all.iter().all(|at| at.extra.iter().all(|at| at.replica != lost)));
         let back = MetadataState::decode(&state.encode()).unwrap();
         assert_eq!(back, state);
+    }
+
+    /// What a node has may vote until the leader says otherwise: no command may put another in its place.
+    #[test]
+    fn a_replica_that_may_vote_keeps_its_place_whatever_is_wanted_next() {
+        let mut state = formed(3, 1);
+        add(&mut state, 4);
+        finish(&mut state);
+        let group = placements(&state)[0].group;
+        let healthy = replica_on(&placements(&state)[0], 3);
+        run(&mut state, Command::MovePartition(wire::MovePartitionCommand { group, from: 3, to: 4 })).unwrap();
+        drain(&mut state, 4, false).unwrap();
+        assert_eq!(replica_on(&placements(&state)[0], 3), healthy, "the decommission goes back to what is there");
+
+        let mut state = formed(3, 1);
+        add(&mut state, 4);
+        finish(&mut state);
+        let lost = replica_on(&placements(&state)[0], 3).unwrap();
+        run(&mut state, Command::ReplaceReplica(wire::ReplaceReplicaCommand { group, replica: lost })).unwrap();
+        let successor = replica_on(&placements(&state)[0], 3);
+        drain(&mut state, 3, false).unwrap();
+        assert_eq!(replica_on(&placements(&state)[0], 3), successor);
+        drain(&mut state, 3, true).unwrap();
+        assert_eq!(replica_on(&placements(&state)[0], 3), successor, "the lost one does not come back");
     }
 
     #[test]
