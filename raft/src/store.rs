@@ -106,7 +106,7 @@ impl LogStore {
     /// Whether the entry at `position` stands in the log.
     fn holds(&self, position: LogPosition) -> io::Result<bool> {
         let found = self.log.entries(position.index..position.index.next(), 0).or_else(|error| match error {
-            ReadError::OutOfRange { .. } => Ok(Vec::new()),
+            ReadError::Purged { .. } => Ok(Vec::new()),
             other => Err(io::Error::other(other)),
         })?;
         Ok(found.first().is_some_and(|batch| batch.header.term == position.term))

@@ -261,7 +261,7 @@ impl LogCore {
                     }
                 }
             }
-            // The log is as it was when this fails.
+            // The log is as it was when this fails, or closed for writing.
             Op::Repair { repair, done } => done.send(self.repair(&repair)),
             Op::Delete(done) => {
                 self.lock().closed = true;

@@ -111,14 +111,14 @@ fn refusal(code: Code, message: impl Into<String>) -> Message {
 /// The answer to an append that the disk should not take. openraft never sees it, and its leader
 /// tries again later.
 fn storage_full(host: &HostInner, append: &AppendEntriesRequest<TypeConfig>) -> Option<Message> {
-    if append.entries.is_empty() {
+    let space = host.space();
+    if append.entries.is_empty() || space.takes_entries(true) {
         return None;
     }
     let have_data = append.entries.iter().any(|entry| match &entry.payload {
         EntryPayload::Normal(batch) => batch.header.kind == BatchKind::Data,
         EntryPayload::Blank | EntryPayload::Membership(_) => false,
     });
-    let space = host.space();
     let text = || format!("node {} has {} bytes of disk left and takes no more data", host.node, space.free_size);
     (!space.takes_entries(have_data)).then(|| refusal(Code::StorageFull, text()))
 }
