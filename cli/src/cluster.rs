@@ -384,8 +384,9 @@ fn lay_out(data: &Path, node_count: u16, prefer_default: bool) -> Result<(), Fai
 const AUTH: &str = "[auth]\n[[auth.keys]]\nalgorithm = \"EdDSA\"\npublic_key_file = \"token.pub.pem\"\n";
 
 fn node_config(node: usize, own: Ports, all: &[Ports]) -> String {
+    let bootstrap = if all.len() == 1 { "bootstrap = true\n" } else { "" };
     let mut text = format!(
-        "node = {node}\ncluster = \"local\"\ndata = \"node-{node}\"\ncluster_secret_file = \"cluster.secret\"\n\n\
+        "node = {node}\ncluster = \"local\"\ndata = \"node-{node}\"\ncluster_secret_file = \"cluster.secret\"\n{bootstrap}\n\
          [listen]\nclient = \"{}\"\npeer = \"{}\"\ncontrol = \"{}\"\nadmin = \"{}\"\n\n{AUTH}",
         own.client(),
         own.peer(),

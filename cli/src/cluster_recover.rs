@@ -1,12 +1,11 @@
 //! `arqon cluster recover`: goes on with what is left when most nodes are lost for good.
 
-use std::io::{BufRead, IsTerminal, Write};
 use std::path::PathBuf;
 
 use arqon_spine::{Config, LostPartition, UnsafeRecovery};
 use serde_json::{Value, json};
 
-use crate::{Failure, output};
+use crate::{Failure, confirm, output};
 
 /// Arguments of `arqon cluster recover`.
 #[derive(Clone, Debug, clap::Args)]
@@ -46,7 +45,10 @@ pub async fn recover(args: RecoverArgs) -> Result<(), Failure> {
     let document = document(&recovery, &args.lost);
     let given = match args.confirm {
         Some(given) => given,
-        None => ask(&config.cluster)?,
+        None => {
+            let prompt = "Type the name of the cluster to go on without the lost nodes";
+            confirm::ask(prompt, &format!("--confirm {}", config.cluster))?
+        }
     };
     if given != config.cluster {
         return Err(Failure::failed(format!(
@@ -64,21 +66,6 @@ pub async fn recover(args: RecoverArgs) -> Result<(), Failure> {
     } else {
         "done. Start this node when the one that keeps the metadata runs"
     })
-}
-
-fn ask(cluster: &str) -> Result<String, Failure> {
-    if !std::io::stdin().is_terminal() {
-        return Err(Failure::usage(format!(
-            "--confirm {cluster} is needed where nobody can be asked; nothing was changed"
-        )));
-    }
-    let mut out = std::io::stderr().lock();
-    let asked =
-        write!(out, "Type the name of the cluster to go on without the lost nodes: ").and_then(|()| out.flush());
-    asked.map_err(Failure::failed)?;
-    let mut line = String::new();
-    std::io::stdin().lock().read_line(&mut line).map_err(Failure::failed)?;
-    Ok(line.trim().to_owned())
 }
 
 fn show(recovery: &UnsafeRecovery, lost: &[u64]) -> Result<(), Failure> {

@@ -90,11 +90,12 @@ async fn status(args: StatusArgs) -> Result<(), Failure> {
                 node.leader_count.to_string(),
                 node.replica_count.to_string(),
                 info.client_address,
+                if node.program.is_empty() { "-".to_owned() } else { node.program.clone() },
                 if node.problems.is_empty() { "-".to_owned() } else { node.problems.join("; ") },
             ]
         })
         .collect();
-    output::table(&["NODE", "STATE", "LEADS", "REPLICAS", "CLIENTS AT", "PROBLEMS"], &rows)?;
+    output::table(&["NODE", "STATE", "LEADS", "REPLICAS", "CLIENTS AT", "PROGRAM", "PROBLEMS"], &rows)?;
     status.moves.iter().try_for_each(|change| output::line(cluster_change::describe(change)))?;
     status.unsafe_recoveries.iter().try_for_each(|recovery| {
         let time = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(recovery.time_ms));
@@ -131,6 +132,8 @@ fn cluster_document(status: &wire::ClusterStatusResponse) -> Value {
                 "control_address": info.control_address,
                 "leaving": info.leaving,
                 "metadata_voter": node.voter,
+                "program": node.program,
+                "peer_version_max": node.peer_version_max,
                 "problems": node.problems,
             })
         })

@@ -5,20 +5,21 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::cluster_status::ClusterCommand;
+use crate::group::GroupCommand;
 use crate::logging::LogArgs;
 use crate::offline::LogCommand;
 use crate::serve::{ConfigArgs, OperatorCommand};
 use crate::topic::TopicCommand;
 use crate::{
-    Failure, cluster_status, consume, demo, doctor, logging, offline, output, process, publish, serve, token, topic,
-    up, work,
+    Failure, cluster_status, consume, demo, doctor, group, logging, offline, output, process, publish, serve, token,
+    topic, up, version, work,
 };
 
 /// ArqonBus: an event-sourced, replicated log with job queues. Jobs in, results out, each once.
 #[derive(Debug, Parser)]
 #[command(
     name = "arqon",
-    version,
+    version = version::text(),
     propagate_version = true,
     after_help = "Example: arqon demo\n\nCommands that speak to a cluster find it by --server (or ARQON_SERVER, ARQONBUS_URL) and show the token in\n\
         ARQON_TOKEN (or ARQONBUS_TOKEN). Errors are one line on standard error; exit code 1: failed, 2: usage."
@@ -58,6 +59,9 @@ enum Command {
     /// Make, list, describe and delete topics
     #[command(subcommand)]
     Topic(TopicCommand),
+    /// List, describe and delete the groups of workers of a jobs topic
+    #[command(subcommand)]
+    Group(GroupCommand),
     /// Publish lines as events
     Publish(publish::PublishArgs),
     /// Print the events of a topic
@@ -132,6 +136,7 @@ async fn dispatch(command: Command, log: LogArgs) -> Result<(), Failure> {
         Command::Operator(OperatorCommand::List(args)) => cluster_status::operator_list(args).await,
         Command::Cluster(command) => cluster_status::cluster(command).await,
         Command::Topic(command) => topic::topic(command).await,
+        Command::Group(command) => group::group(command).await,
         Command::Publish(args) => publish::publish(args).await,
         Command::Consume(args) => consume::consume(args).await,
         Command::Work(args) => work::work(args).await,

@@ -2,6 +2,9 @@
 
 use std::process::ExitCode;
 
+#[cfg(feature = "planted")]
+compile_error!("`arqon` is never built with planted bugs: build planted/ instead");
+
 fn main() -> ExitCode {
     arqon_cli::main()
 }

@@ -3,16 +3,20 @@
 //! A role prints one line of JSON on standard output when it is ready, with the addresses that
 //! it really listens on; everything else goes to its log on standard error.
 
+use std::cell::Cell;
+use std::future;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arqon_operators::{HttpShim, HttpShimConfig};
 use arqon_shield::Shield;
 use arqon_spine::Node;
 use serde_json::json;
 
+use crate::anew::{self, Starts};
 use crate::logging::LogArgs;
 use crate::signals::StopSignals;
+use crate::version::{self, PROGRAM};
 use crate::{Failure, health, logging, output};
 
 /// How long a node waits for the rest of its cluster before it says so in its log; it goes on
@@ -48,20 +52,35 @@ pub enum OperatorCommand {
     List(crate::cluster_status::StatusArgs),
 }
 
-/// Runs a node until SIGINT or SIGTERM.
+/// Runs a node until SIGINT or SIGTERM. One whose disk fails it is started anew; see [`anew`].
 ///
 /// # Errors
 /// The configuration is wrong, or the node cannot start.
 pub async fn node(args: ConfigArgs, log: LogArgs) -> Result<(), Failure> {
-    let config = arqon_spine::Config::load(&args.config).map_err(|error| at(&args, error))?;
+    let mut config = arqon_spine::Config::load(&args.config).map_err(|error| at(&args, error))?;
+    config.program = PROGRAM.to_owned();
     logging::start(log, &config.log.level, config.log.json);
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), config = config.redacted(), "node starts");
+    tracing::info!(version = version::text(), config = config.redacted(), "node starts");
     let mut signals = StopSignals::listen()?;
     let number = config.node;
+    let starts = Starts::of_this_process();
     // It may wait for the cluster for as long as it takes.
-    let node = tokio::select! {
-        started = Node::start(config) => started.map_err(Failure::failed)?,
+    let started = tokio::select! {
+        started = Node::start(config) => started,
         () = signals.wait() => return Ok(()),
+    };
+    let node = match started {
+        Ok(node) => node,
+        // The disk may need longer.
+        Err(error) if starts.is_again() && error.is_of_disk() => {
+            let pause = starts.pause(Duration::ZERO);
+            tracing::error!(%error, seconds = pause.as_secs(), "the node starts itself anew after a pause");
+            return tokio::select! {
+                () = tokio::time::sleep(pause) => anew::start(pause),
+                () = signals.wait() => Ok(()),
+            };
+        }
+        Err(error) => return Err(Failure::failed(error)),
     };
     let addresses = node.addresses();
     let admin = addresses.admin.to_string();
@@ -70,23 +89,36 @@ pub async fn node(args: ConfigArgs, log: LogArgs) -> Result<(), Failure> {
             tracing::warn!(problem, "not ready yet");
         }
     };
-    tokio::select! {
-        () = ready => {
-            output::json(&json!({
-                "ready": true,
-                "node": number,
-                "client": addresses.client.to_string(),
-                "peer": addresses.peer.to_string(),
-                "control": addresses.control.to_string(),
-                "admin": admin,
-            }))?;
-            signals.wait().await;
-        }
-        () = signals.wait() => {}
-    }
+    let ready_since = Cell::new(None);
+    let serve = async {
+        ready.await;
+        ready_since.set(Some(Instant::now()));
+        output::json(&json!({
+            "ready": true,
+            "node": number,
+            "client": addresses.client.to_string(),
+            "peer": addresses.peer.to_string(),
+            "control": addresses.control.to_string(),
+            "admin": admin,
+        }))?;
+        future::pending::<Result<(), Failure>>().await
+    };
+    let closed = async {
+        let reason = node.closed().await;
+        let pause = starts.pause(ready_since.get().map_or(Duration::ZERO, |since: Instant| since.elapsed()));
+        tracing::error!(reason, seconds = pause.as_secs(), "the node starts itself anew after a pause");
+        // Its other logs go on until then.
+        tokio::time::sleep(pause).await;
+        pause
+    };
+    let anew = tokio::select! {
+        failed = serve => return failed,
+        pause = closed => Some(pause),
+        () = signals.wait() => None,
+    };
     tracing::info!("node stops");
     node.shutdown().await;
-    Ok(())
+    anew.map_or(Ok(()), anew::start)
 }
 
 /// Runs a Shield until SIGINT or SIGTERM.

@@ -58,6 +58,8 @@ fn open(disk: &MemoryDisk) -> Result<(Store, Log), OpenError> {
         index_step: 64,
         recent_size_max: 0,
         fill_size: 0,
+        // What it finds, and readers do not, is listed at a time of its own: two reads of the same files would differ.
+        scrub_rate_max: 0,
         thread_count: 1,
         ..Options::default()
     };

@@ -6,37 +6,88 @@
 //! {"process":4,"type":"ok","f":"read","key":"t/0","offset":0,"value":[[0,11],[5,17]],"hw":6,"tail":true,"time":190}
 //! {"process":"nemesis","type":"invoke","f":"kill","node":2,"leads":["t/0"],"time":200}
 //! {"process":"nemesis","type":"info","f":"kill","node":2,"proven":true,"time":205}
+//! {"process":"nemesis","type":"info","f":"end","of":"kill","node":2,"time":900}
 //! ```
 //!
 //! `time` is nanoseconds of one monotonic clock. A process has one operation outstanding.
 //! `fail` means surely no effect, `info` means unknown; a process is retired after `info`.
 //! Values are unique per key. `null` in place of a read value: bytes that no workload wrote.
 //! Beyond the plain format, an append may name its `producer` and its `sequence` there (the
-//! order of sending when several processes share one pipelined producer), and a read the
-//! `node` whose replica answered and `final` when it is part of the closing full read.
+//! order of sending when several processes share one pipelined producer).
+//!
+//! A read begins at `offset` and holds every value from there up to its last one. With `tail` it
+//! holds everything from `offset` up to `hw`, the end of the log. Without `node` that is a
+//! linearizable read, at the leader; with `node` it is what that replica has. `final` marks the
+//! closing full read. `log_start` is the first offset that the answering replica keeps.
+//!
+//! Queues: the jobs are appends to `X.jobs/P`. A worker is told of a job (`take`, with value,
+//! offset and attempt), writes its result (`result` to `X.results/P`, whose value is the job's;
+//! `duplicate` when another result stands already) and acknowledges it (`ack`).
+//!
+//! Metadata: `create`, `alter` (value: retention in ms) and `delete` have the topic as `key`;
+//! `list` is answered by one node with `topics`, pairs of name and retention.
+//!
+//! Tokens: `access` with `token` (what is wrong with it, or `good`) and `verb`; `ok` is let in, `fail` refused.
+//!
+//! The nemesis writes `memory` now and then (value: bytes that are a node's own),
+//! `start` (nodes, keys, seed, workloads), its faults, and `heal` (nodes: the members then). `replicas`
+//! by the process "workload" names the nodes that must hold a key at the end.
+
+mod model;
+mod parse;
+
+pub use model::{
+    Access, Ack, Append, Change, ChangeKind, FailedRead, Fault, History, KeyHistory, Listing, Memory, Outcome, Read,
+    Take, TopicHistory,
+};
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
     fs::File,
-    io::{BufRead, BufReader, BufWriter, Write},
+    io::{BufWriter, Write},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Instant,
 };
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 /// The process name of fault injection.
 pub const NEMESIS: &str = "nemesis";
+/// The process name under which a workload tells what is no operation of a client.
+pub const WORKLOAD: &str = "workload";
 
 /// Who did it: a client process, or the nemesis.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(untagged)]
 pub enum Process {
     /// A client.
     Number(u64),
-    /// [`NEMESIS`].
+    /// [`NEMESIS`] or [`WORKLOAD`].
     Name(String),
+}
+
+// By hand, because serde keeps a copy of everything that is untagged, and histories are long.
+impl<'de> Deserialize<'de> for Process {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Process;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "the number or the name of a process")
+            }
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Process, E> {
+                Ok(Process::Number(number))
+            }
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Process, E> {
+                Ok(Process::Name(name.to_owned()))
+            }
+        }
+        from.deserialize_any(Visitor)
+    }
 }
 
 /// Where an operation stands.
@@ -54,13 +105,36 @@ pub enum Kind {
 }
 
 /// What was written or read.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Value {
     /// The value of an append.
     One(u64),
     /// Offsets and values of a read; `None` for bytes that are no value.
     Many(Vec<(u64, Option<u64>)>),
+}
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Value;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a value or pairs of offset and value")
+            }
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<Value, E> {
+                Ok(Value::One(value))
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut pairs: A) -> Result<Value, A::Error> {
+                let mut values = Vec::new();
+                while let Some(pair) = pairs.next_element()? {
+                    values.push(pair);
+                }
+                Ok(Value::Many(values))
+            }
+        }
+        from.deserialize_any(Visitor)
+    }
 }
 
 /// One line of a history.
@@ -100,6 +174,32 @@ pub struct Line {
     pub keys: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub workloads: Vec<String>,
+    /// Of `end`: which fault is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub of: Option<String>,
+    /// Of a fault: how it is proven, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// Of a job: which attempt it is, from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u64>,
+    /// Of a result: another one stands already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duplicate: Option<bool>,
+    /// Of a read: the first offset that is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_start: Option<u64>,
+    /// Of `access`: which token is tried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// Of `access`: on what.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verb: Option<String>,
+    /// Of `list`: names of topics and their retention in ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topics: Option<Vec<(String, u64)>>,
     pub time: u64,
 }
 
@@ -123,6 +223,28 @@ impl Line {
         Self { kind: Kind::Invoke, node: Some(node), ..Self::nemesis(f) }
     }
 
+    /// The first line: what is tested, and with which seed.
+    #[must_use]
+    pub fn start(nodes: Vec<u64>, keys: Vec<String>, seed: u64, workloads: Vec<String>) -> Self {
+        Self { nodes, keys, seed: Some(seed), workloads, ..Self::nemesis("start") }
+    }
+
+    /// The fault `f` on `node` is over.
+    #[must_use]
+    pub fn ended(f: &str, node: u64) -> Self {
+        Self { node: Some(node), of: Some(f.to_owned()), ..Self::nemesis("end") }
+    }
+
+    /// The nodes that must hold `key` at the end.
+    #[must_use]
+    pub fn replicas(key: &str, nodes: Vec<u64>) -> Self {
+        Self {
+            key: Some(key.to_owned()),
+            nodes,
+            ..Self::empty(Process::Name(WORKLOAD.to_owned()), Kind::Info, "replicas")
+        }
+    }
+
     fn empty(process: Process, kind: Kind, f: &str) -> Self {
         Self {
             process,
@@ -143,6 +265,15 @@ impl Line {
             nodes: Vec::new(),
             keys: Vec::new(),
             seed: None,
+            workloads: Vec::new(),
+            of: None,
+            detail: None,
+            attempt: None,
+            duplicate: None,
+            log_start: None,
+            token: None,
+            verb: None,
+            topics: None,
             time: 0,
         }
     }
@@ -173,6 +304,7 @@ pub enum Error {
 pub struct Writer {
     path: PathBuf,
     begin: Instant,
+    processes: AtomicU64,
     inner: Mutex<WriterInner>,
 }
 
@@ -188,7 +320,18 @@ impl Writer {
     /// [`Error::Io`].
     pub fn create(path: &Path) -> Result<Self, Error> {
         let out = BufWriter::new(File::create(path).map_err(|source| Error::Io { path: path.to_owned(), source })?);
-        Ok(Self { path: path.to_owned(), begin: Instant::now(), inner: Mutex::new(WriterInner { out, error: None }) })
+        Ok(Self {
+            path: path.to_owned(),
+            begin: Instant::now(),
+            processes: AtomicU64::new(0),
+            inner: Mutex::new(WriterInner { out, error: None }),
+        })
+    }
+
+    /// A process number that no other client of this history has.
+    #[must_use]
+    pub fn new_process(&self) -> u64 {
+        self.processes.fetch_add(1, Ordering::Relaxed)
     }
 
     fn lock(&self) -> MutexGuard<'_, WriterInner> {
@@ -221,278 +364,6 @@ impl Writer {
     }
 }
 
-/// How an append ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Acknowledged at this offset.
-    Ok {
-        /// Offset of the acknowledgement.
-        offset: u64,
-        /// When the acknowledgement came, in nanoseconds.
-        time: u64,
-    },
-    /// Surely not written.
-    Fail,
-    /// Unknown, or still outstanding at the end.
-    Unknown,
-}
-
-/// One append.
-#[derive(Clone, Debug)]
-pub struct Append {
-    pub process: u64,
-    pub producer: u64,
-    pub sequence: u64,
-    pub value: u64,
-    pub invoked: u64,
-    pub outcome: Outcome,
-}
-
-impl Append {
-    /// Offset and time of the acknowledgement, if there was one.
-    #[must_use]
-    pub fn acked(&self) -> Option<(u64, u64)> {
-        match self.outcome {
-            Outcome::Ok { offset, time } => Some((offset, time)),
-            Outcome::Fail | Outcome::Unknown => None,
-        }
-    }
-}
-
-/// One successful read.
-#[derive(Clone, Debug)]
-pub struct Read {
-    pub process: u64,
-    pub node: Option<u64>,
-    pub last: bool,
-    pub tail: bool,
-    pub time: u64,
-    pub values: Vec<(u64, Option<u64>)>,
-}
-
-/// One read that ended with an error.
-#[derive(Clone, Debug)]
-pub struct FailedRead {
-    pub process: u64,
-    pub node: Option<u64>,
-    /// The error's code, a colon, and its text.
-    pub error: String,
-}
-
-/// What happened to one key (one partition).
-#[derive(Debug, Default)]
-pub struct KeyHistory {
-    pub appends: Vec<Append>,
-    pub reads: Vec<Read>,
-    pub failed_reads: Vec<FailedRead>,
-}
-
-/// One thing that the nemesis did.
-#[derive(Clone, Debug)]
-pub struct Fault {
-    pub f: String,
-    pub node: Option<u64>,
-    pub leads: Vec<String>,
-    pub proven: bool,
-    /// Its end is not in the history (yet).
-    pub open: bool,
-    pub time: u64,
-}
-
-/// A whole history, by key.
-#[derive(Debug, Default)]
-pub struct History {
-    pub keys: BTreeMap<String, KeyHistory>,
-    pub faults: Vec<Fault>,
-    pub nodes: Vec<u64>,
-    pub seed: Option<u64>,
-    /// Operations invoked.
-    pub ops: u64,
-    /// Time of the last line.
-    pub end: u64,
-}
-
-/// What a process is waiting for.
-enum Open {
-    Append { key: String, index: usize },
-    Read { key: String },
-}
-
-/// Reads a history and holds it to the rules of the format.
-#[derive(Default)]
-struct Parser {
-    history: History,
-    open: HashMap<u64, Open>,
-    retired: HashSet<u64>,
-    written: HashSet<(String, u64)>,
-}
-
-impl History {
-    /// Reads the history at `path`.
-    ///
-    /// # Errors
-    /// [`Error::Io`], or [`Error::Malformed`] naming the line.
-    pub fn load(path: &Path) -> Result<Self, Error> {
-        let io = |source| Error::Io { path: path.to_owned(), source };
-        Self::read(BufReader::new(File::open(path).map_err(io)?)).map_err(|error| match error {
-            Error::Io { source, .. } => io(source),
-            other => other,
-        })
-    }
-
-    /// Reads a history from lines.
-    ///
-    /// # Errors
-    /// As [`History::load`].
-    pub fn read(lines: impl BufRead) -> Result<Self, Error> {
-        let mut parser = Parser::default();
-        for (index, line) in lines.lines().enumerate() {
-            let text = line.map_err(|source| Error::Io { path: PathBuf::new(), source })?;
-            if text.trim().is_empty() {
-                continue;
-            }
-            let malformed = |problem| Error::Malformed { line: index + 1, problem };
-            let line: Line = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
-            parser.take(line).map_err(malformed)?;
-        }
-        Ok(parser.history)
-    }
-}
-
-impl Parser {
-    fn take(&mut self, line: Line) -> Result<(), String> {
-        if line.time < self.history.end {
-            return Err(format!("time {} is before {}, the time of an earlier line", line.time, self.history.end));
-        }
-        self.history.end = line.time;
-        match &line.process {
-            Process::Name(name) if name == NEMESIS => {
-                self.nemesis(line);
-                Ok(())
-            }
-            Process::Name(name) => Err(format!("process {name:?} is neither a number nor \"{NEMESIS}\"")),
-            Process::Number(process) => self.client(*process, line),
-        }
-    }
-
-    fn nemesis(&mut self, line: Line) {
-        if line.f == "start" {
-            self.history.nodes = line.nodes;
-            self.history.seed = line.seed;
-            for key in line.keys {
-                self.history.keys.entry(key).or_default();
-            }
-            return;
-        }
-        let begun = |fault: &&mut Fault| {
-            line.kind != Kind::Invoke && fault.open && fault.f == line.f && fault.node == line.node
-        };
-        if let Some(fault) = self.history.faults.iter_mut().rev().find(begun) {
-            fault.open = false;
-            fault.proven = line.proven.unwrap_or(false);
-            return;
-        }
-        self.history.faults.push(Fault {
-            open: line.kind == Kind::Invoke,
-            f: line.f,
-            node: line.node,
-            leads: line.leads,
-            proven: line.proven.unwrap_or(false),
-            time: line.time,
-        });
-    }
-
-    fn client(&mut self, process: u64, line: Line) -> Result<(), String> {
-        if self.retired.contains(&process) {
-            return Err(format!("process {process} acts after its info"));
-        }
-        match line.kind {
-            Kind::Invoke => self.invoke(process, line),
-            Kind::Ok | Kind::Fail | Kind::Info => self.complete(process, line),
-        }
-    }
-
-    fn invoke(&mut self, process: u64, line: Line) -> Result<(), String> {
-        if self.open.contains_key(&process) {
-            return Err(format!("process {process} has an operation outstanding already"));
-        }
-        let key = line.key.ok_or("key is missing")?;
-        let of_key = self.history.keys.entry(key.clone()).or_default();
-        let open = match line.f.as_str() {
-            "append" => {
-                let Some(Value::One(value)) = line.value else { return Err("value of an append is no number".into()) };
-                if !self.written.insert((key.clone(), value)) {
-                    return Err(format!("value {value} is appended to {key} a second time"));
-                }
-                of_key.appends.push(Append {
-                    process,
-                    producer: line.producer.unwrap_or(process),
-                    sequence: line.sequence.unwrap_or(self.history.ops),
-                    value,
-                    invoked: line.time,
-                    outcome: Outcome::Unknown,
-                });
-                Open::Append { key, index: of_key.appends.len() - 1 }
-            }
-            "read" => Open::Read { key },
-            other => return Err(format!("f {other:?} is unknown")),
-        };
-        self.history.ops += 1;
-        self.open.insert(process, open);
-        Ok(())
-    }
-
-    fn complete(&mut self, process: u64, line: Line) -> Result<(), String> {
-        let key = line.key.clone().ok_or("key is missing")?;
-        if line.kind == Kind::Info {
-            self.retired.insert(process);
-        }
-        match (self.open.remove(&process), line.f.as_str()) {
-            (Some(Open::Append { key: asked, index }), "append") if asked == key => {
-                let append = &mut self.history.keys.get_mut(&key).ok_or("key is unknown")?.appends[index];
-                if line.value != Some(Value::One(append.value)) {
-                    return Err(format!("process {process} appends another value than it invoked"));
-                }
-                append.outcome = match line.kind {
-                    Kind::Ok => {
-                        let offset = line.offset.ok_or("offset of an acknowledged append is missing")?;
-                        Outcome::Ok { offset, time: line.time }
-                    }
-                    Kind::Fail => Outcome::Fail,
-                    Kind::Info | Kind::Invoke => Outcome::Unknown,
-                };
-                Ok(())
-            }
-            (Some(Open::Read { key: asked }), "read") if asked == key => self.read_completed(process, key, line),
-            // A history of others may hold completions alone for reads.
-            (None, "read") => {
-                self.history.ops += 1;
-                self.read_completed(process, key, line)
-            }
-            _ => Err(format!("process {process} completes what it did not invoke")),
-        }
-    }
-
-    fn read_completed(&mut self, process: u64, key: String, line: Line) -> Result<(), String> {
-        let of_key = self.history.keys.entry(key).or_default();
-        if line.kind != Kind::Ok {
-            let error = line.error.unwrap_or_default();
-            of_key.failed_reads.push(FailedRead { process, node: line.node, error });
-            return Ok(());
-        }
-        let Some(Value::Many(values)) = line.value else { return Err("value of a read is no list of pairs".into()) };
-        of_key.reads.push(Read {
-            process,
-            node: line.node,
-            last: line.last.unwrap_or(false),
-            tail: line.tail.unwrap_or(false),
-            time: line.time,
-            values,
-        });
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -510,7 +381,7 @@ mod tests {
         let history = read(&format!("{INVOKE}\n{OK}\n{read_line}\n")).unwrap();
         let key = &history.keys["t/0"];
         assert_eq!(key.appends[0].outcome, Outcome::Ok { offset: 5, time: 140 });
-        assert_eq!(key.reads[0].values, [(0, Some(11)), (5, Some(17))]);
+        assert_eq!(key.reads[0].values.iter().collect::<Vec<_>>(), [(0, Some(11)), (5, Some(17))]);
         assert!(key.reads[0].tail && !key.reads[0].last);
     }
 
@@ -548,8 +419,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("history.jsonl");
         let writer = Writer::create(&path).unwrap();
-        let start = Line { nodes: vec![1, 2], keys: vec!["t/0".into()], seed: Some(4), ..Line::nemesis("start") };
-        writer.record(start);
+        writer.record(Line::start(vec![1, 2], vec!["t/0".into()], 4, vec!["append".into()]));
         let append = Line { value: Some(Value::One(7)), ..Line::client(0, Kind::Invoke, "append", "t/0") };
         writer.record(append.clone());
         writer.record(Line { kind: Kind::Ok, offset: Some(0), ..append });
@@ -562,7 +432,55 @@ mod tests {
         writer.finish().unwrap();
         let history = History::load(&path).unwrap();
         assert_eq!((history.seed, history.nodes, history.ops), (Some(4), vec![1, 2], 2));
-        assert_eq!(history.keys["t/0"].reads[0].values, [(0, Some(7)), (1, None)]);
+        assert_eq!(history.keys["t/0"].reads[0].values.iter().collect::<Vec<_>>(), [(0, Some(7)), (1, None)]);
         assert!(History::load(&dir.path().join("none")).unwrap_err().to_string().contains("none"));
+    }
+
+    #[test]
+    fn queues_and_metadata_are_read() {
+        let text = r#"
+{"process":1,"type":"invoke","f":"take","key":"q.jobs/0","time":1}
+{"process":1,"type":"ok","f":"take","key":"q.jobs/0","value":7,"offset":3,"attempt":1,"time":2}
+{"process":1,"type":"ok","f":"take","key":"q.jobs/0","value":8,"offset":4,"attempt":2,"time":2}
+{"process":1,"type":"invoke","f":"result","key":"q.results/0","value":7,"attempt":1,"time":3}
+{"process":1,"type":"ok","f":"result","key":"q.results/0","value":7,"offset":9,"time":4}
+{"process":1,"type":"invoke","f":"result","key":"q.results/0","value":8,"attempt":2,"time":5}
+{"process":1,"type":"ok","f":"result","key":"q.results/0","value":8,"duplicate":true,"time":6}
+{"process":1,"type":"invoke","f":"ack","key":"q.jobs/0","offset":3,"attempt":1,"time":7}
+{"process":1,"type":"ok","f":"ack","key":"q.jobs/0","offset":3,"attempt":1,"time":8}
+{"process":2,"type":"invoke","f":"create","key":"m.1","time":9}
+{"process":2,"type":"ok","f":"create","key":"m.1","time":10}
+{"process":2,"type":"invoke","f":"alter","key":"m.1","value":5,"time":11}
+{"process":2,"type":"info","f":"alter","key":"m.1","value":5,"error":"Unavailable: gone","time":12}
+{"process":3,"type":"invoke","f":"list","node":2,"time":13}
+{"process":3,"type":"ok","f":"list","node":2,"topics":[["m.1",5]],"final":true,"time":14}
+{"process":"workload","type":"info","f":"replicas","key":"q.jobs/0","nodes":[1,3],"time":15}
+"#;
+        let history = read(text.trim_start()).unwrap();
+        let jobs = &history.keys["q.jobs/0"];
+        let takes: Vec<_> = jobs.takes.iter().map(|take| (take.value, take.offset, take.attempt)).collect();
+        assert_eq!(takes, [(Some(7), 3, 1), (Some(8), 4, 2)]);
+        assert_eq!((jobs.acks[0].confirmed, jobs.replicas.as_deref()), (Some(8), Some(&[1, 3][..])));
+        let results: Vec<_> = history.keys["q.results/0"].appends.iter().map(|append| append.outcome).collect();
+        assert_eq!(results, [Outcome::Ok { offset: 9, time: 4 }, Outcome::Unknown]);
+        let changes: Vec<_> = history.topics["m.1"].changes.iter().map(|change| change.kind).collect();
+        assert_eq!(changes, [ChangeKind::Create, ChangeKind::Alter(5)]);
+        assert_eq!(history.topics["m.1"].changes[1].answered, None);
+        assert!(history.listings[0].last && history.listings[0].topics["m.1"] == 5);
+        assert_eq!(history.keys.keys().collect::<Vec<_>>(), ["q.jobs/0", "q.results/0"], "topics are no keys");
+    }
+
+    #[test]
+    fn faults_begin_are_proven_and_end() {
+        let text = r#"
+{"process":"nemesis","type":"invoke","f":"kill","node":2,"leads":["t/0"],"time":1}
+{"process":"nemesis","type":"info","f":"kill","node":2,"proven":true,"detail":"signal 9","time":2}
+{"process":"nemesis","type":"invoke","f":"pause","node":1,"time":3}
+{"process":"nemesis","type":"info","f":"end","of":"kill","node":2,"time":4}
+"#;
+        let history = read(text.trim_start()).unwrap();
+        let faults: Vec<_> = history.faults.iter().map(|it| (it.f.as_str(), it.proven, it.open, it.ended)).collect();
+        assert_eq!(faults, [("kill", true, false, Some(4)), ("pause", false, true, None)]);
+        assert_eq!(history.faults[0].detail.as_deref(), Some("signal 9"));
     }
 }

@@ -1,17 +1,25 @@
-//! The append workload: producers that write unique values, readers that poll, and the closing
-//! read of every replica. Other workloads stand beside it as modules of their own.
+//! Workloads: what clients do while faults go on, and the closing read of every replica.
 //!
 //! ```text
-//!   producer (one id, one partition) ─┬─ process: append, wait, append, ...
-//!                                     ├─ process
-//!                                     └─ process      together they keep a pipeline full
-//!   reader   (one partition, the leader or one node's replica): poll, poll, ...
+//!   append     producers of the SDK with several processes each ─┐
+//!   producers  sequences set by hand, sent again on purpose      ├─ polls at the leader and at every
+//!   queue      jobs, workers that die, results                  ─┤  replica, linearizable reads of the
+//!   metadata   topics created, altered, deleted, listed          │  tail (append, producers)
+//!                                                                └─ drain: every replica to its end
 //! ```
 //!
-//! After an unknown outcome the producer and all its processes are replaced by new ones.
+//! Each is one module and one [`Kind`]. Consumer groups and circuits will be two more: a kind,
+//! their keys and topics, and their tasks in [`Workload::start`].
 
 mod append;
+mod control;
+mod drain;
+mod metadata;
+mod producers;
+mod queue;
 mod read;
+mod tail;
+mod tokens;
 
 use std::{
     sync::{
@@ -29,40 +37,122 @@ use tokio::{
 };
 
 use crate::history::Writer;
-
-pub use read::drain_all;
+use control::Control;
 
 /// Time for one operation of a client, retries included.
 const REQUEST_SECONDS_MAX: u64 = 10;
-/// Producers per partition.
-const PRODUCER_COUNT: usize = 2;
-/// Processes that share one producer.
-const PROCESS_COUNT: usize = 8;
 /// How often it is looked whether writes have resumed.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
-/// What the workload writes to and how fast.
+/// Why a workload cannot run: one line.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Error(String);
+
+impl std::convert::From<arqon_sdk::Error> for Error {
+    fn from(error: arqon_sdk::Error) -> Self {
+        Self(told(&error))
+    }
+}
+
+/// What clients do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Kind {
+    /// Unique values, appended and read.
+    Append,
+    /// Producers with sequences that send again what may be written already.
+    Producers,
+    /// Jobs, workers that die, results.
+    Queue,
+    /// Topics created, altered, deleted and listed.
+    Metadata,
+    /// Tokens that must open nothing.
+    Tokens,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Append, Self::Producers, Self::Queue, Self::Metadata, Self::Tokens];
+
+    /// The name, as in a command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Append => "append",
+            Self::Producers => "producers",
+            Self::Queue => "queue",
+            Self::Metadata => "metadata",
+            Self::Tokens => "tokens",
+        }
+    }
+
+    /// What it does, in a line.
+    #[must_use]
+    pub fn purpose(self) -> &'static str {
+        match self {
+            Self::Append => "unique values, appended and read at the leader and at every replica",
+            Self::Producers => "producers with sequences that send again what may be written already",
+            Self::Queue => "jobs, workers that die in the middle, one result each",
+            Self::Metadata => "topics created, altered, deleted and listed under load",
+            Self::Tokens => "tokens that are expired, forged or of others, tried on everything",
+        }
+    }
+}
+
+/// The topic of [`Kind::Append`].
+const APPEND_TOPIC: &str = "jepsen.append";
+/// The topic of [`Kind::Producers`].
+const PRODUCERS_TOPIC: &str = "jepsen.producers";
+/// The topics of [`Kind::Queue`].
+const JOBS_TOPIC: &str = "jepsen.queue.jobs";
+const RESULTS_TOPIC: &str = "jepsen.queue.results";
+/// The topic of [`Kind::Tokens`].
+const TOKENS_TOPIC: &str = "jepsen.tokens";
+
+/// What the workloads write to and how fast.
 #[derive(Clone, Debug)]
 pub struct Setup {
-    /// Addresses of the nodes, divided by commas.
+    /// Addresses of the nodes for clients, divided by commas.
     pub server: String,
+    /// Addresses of the nodes' control planes, `host:port`, in the order of `nodes`.
+    pub controls: Vec<String>,
     /// The token to show.
     pub token: String,
-    /// The topic.
-    pub topic: String,
-    /// Its partitions.
-    pub partition_count: u32,
+    /// The private key in PEM that signs tokens, for [`Kind::Tokens`].
+    pub token_key: std::path::PathBuf,
+    /// The tenant that the token is for.
+    pub tenant: String,
     /// Numbers of the nodes.
     pub nodes: Vec<u64>,
-    /// Appends per second that are aimed at, over all processes.
+    /// Replicas of each partition.
+    pub replication: u32,
+    /// Partitions of each topic.
+    pub partition_count: u32,
+    /// Appends per second that are aimed at, over all processes of a workload.
     pub rate: u32,
+    /// Chooses what dies and what is sent again.
+    pub seed: u64,
 }
 
 impl Setup {
-    /// The key of a partition in the history.
+    /// The topics of a workload that hold data.
     #[must_use]
-    pub fn key(&self, partition: u32) -> String {
-        format!("{}/{partition}", self.topic)
+    pub fn topics(&self, kind: Kind) -> Vec<String> {
+        let topics: &[&str] = match kind {
+            Kind::Append => &[APPEND_TOPIC],
+            Kind::Producers => &[PRODUCERS_TOPIC],
+            Kind::Queue => &[JOBS_TOPIC, RESULTS_TOPIC],
+            Kind::Metadata => &[],
+            Kind::Tokens => &[TOKENS_TOPIC],
+        };
+        topics.iter().map(|topic| (*topic).to_owned()).collect()
+    }
+
+    /// The keys of a workload in the history.
+    #[must_use]
+    pub fn keys(&self, kind: Kind) -> Vec<String> {
+        let of_topic = |topic: String| (0..self.partition_count).map(move |partition| key(&topic, partition));
+        self.topics(kind).into_iter().flat_map(of_topic).collect()
     }
 
     /// A client that tries for a while and then says that it does not know.
@@ -70,7 +160,12 @@ impl Setup {
     /// # Errors
     /// Options that the SDK refuses.
     fn client(&self, name: &str) -> Result<Client, arqon_sdk::Error> {
-        let mut options = Options::new([self.server.as_str()], self.token.as_str());
+        self.client_with(name, &self.token)
+    }
+
+    /// As [`Setup::client`], with another token.
+    fn client_with(&self, name: &str, token: &str) -> Result<Client, arqon_sdk::Error> {
+        let mut options = Options::new([self.server.as_str()], token);
         options.client_name = format!("arqon-jepsen/{name}");
         options.request_timeout = Duration::from_secs(REQUEST_SECONDS_MAX);
         options.attempt_timeout = Duration::from_secs(3);
@@ -78,31 +173,79 @@ impl Setup {
         options.backoff_max = Duration::from_millis(500);
         Client::lazy(options)
     }
-
-    fn process_count(&self) -> usize {
-        self.partition_count as usize * PRODUCER_COUNT * PROCESS_COUNT
-    }
 }
 
-/// What all processes share.
+/// The key of a partition in the history.
+fn key(topic: &str, partition: u32) -> String {
+    format!("{topic}/{partition}")
+}
+
+/// What all processes of a workload share.
 struct Shared {
     setup: Setup,
+    /// The topic that the progress below is about.
+    topic: String,
     history: Arc<Writer>,
     stop: AtomicBool,
     stopped: Notify,
     healed: AtomicBool,
-    next_process: AtomicU64,
     next_producer: AtomicU64,
     next_value: AtomicU64,
     /// Per partition: the offset after the highest acknowledged one.
     ends: Vec<AtomicU64>,
     /// Per partition: appends begun after the heal and acknowledged.
     acked_after_heal: Vec<AtomicU64>,
+    /// Appends acknowledged.
+    acked_count: AtomicU64,
+    /// Jobs whose result stands.
+    settled_count: AtomicU64,
+    /// Jobs that may wait before no more are submitted.
+    waiting_count_max: u64,
 }
 
 impl Shared {
-    fn new_process(&self) -> u64 {
-        self.next_process.fetch_add(1, Ordering::Relaxed)
+    fn new(kind: Kind, setup: Setup, topic: &str, history: Arc<Writer>) -> Arc<Self> {
+        let counters = || (0..setup.partition_count).map(|_| AtomicU64::new(0)).collect();
+        Arc::new(Self {
+            topic: topic.to_owned(),
+            history,
+            stop: AtomicBool::new(false),
+            stopped: Notify::new(),
+            healed: AtomicBool::new(false),
+            next_producer: AtomicU64::new(0),
+            next_value: AtomicU64::new(1),
+            ends: counters(),
+            acked_after_heal: counters(),
+            acked_count: AtomicU64::new(0),
+            settled_count: AtomicU64::new(0),
+            waiting_count_max: if kind == Kind::Queue { queue::WAITING_COUNT_MAX } else { u64::MAX },
+            setup,
+        })
+    }
+
+    fn key(&self, partition: u32) -> String {
+        key(&self.topic, partition)
+    }
+
+    fn new_value(&self) -> u64 {
+        self.next_value.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn is_healed(&self) -> bool {
+        self.healed.load(Ordering::Acquire)
+    }
+
+    /// Notes an acknowledgement, and whether its append began after the heal.
+    fn acked(&self, partition: u32, offset: u64, healed: bool) {
+        self.ends[partition as usize].fetch_max(offset + 1, Ordering::AcqRel);
+        self.acked_after_heal[partition as usize].fetch_add(u64::from(healed), Ordering::Relaxed);
+        self.acked_count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether as many jobs wait as may.
+    fn is_backed_up(&self) -> bool {
+        let settled = self.settled_count.load(Ordering::Relaxed);
+        self.acked_count.load(Ordering::Relaxed).saturating_sub(settled) > self.waiting_count_max
     }
 
     fn stops(&self) -> bool {
@@ -117,6 +260,11 @@ impl Shared {
             let _ = timeout(pause, stopped).await;
         }
     }
+
+    /// Time between two operations of one of `process_count` processes, so that all together reach the rate.
+    fn interval(&self, process_count: usize) -> Duration {
+        Duration::from_secs_f64(process_count as f64 / f64::from(self.setup.rate.max(1)))
+    }
 }
 
 /// An error as the history has it: the code, a colon, the text.
@@ -129,7 +277,7 @@ fn told(error: &arqon_sdk::Error) -> String {
 }
 
 /// Waits for all tasks; a panic in one is a panic here, as its operations would be missing.
-async fn finish(tasks: &mut JoinSet<()>) {
+async fn finish<T: 'static>(tasks: &mut JoinSet<T>) {
     while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended
             && error.is_panic()
@@ -139,44 +287,37 @@ async fn finish(tasks: &mut JoinSet<()>) {
     }
 }
 
-/// The running workload.
+/// A running workload. Dropping it ends it at once.
 pub struct Workload {
+    kind: Kind,
     shared: Arc<Shared>,
+    /// Submitters and readers, which end first.
     tasks: JoinSet<()>,
+    queue: Option<queue::Workers>,
 }
 
 impl Workload {
-    /// Starts all producers and readers.
+    /// Creates the topics and starts all processes.
     ///
     /// # Errors
-    /// Options that the SDK refuses.
-    pub fn start(setup: Setup, history: Arc<Writer>) -> Result<Self, arqon_sdk::Error> {
-        let counters = || (0..setup.partition_count).map(|_| AtomicU64::new(0)).collect();
-        let shared = Arc::new(Shared {
-            history,
-            stop: AtomicBool::new(false),
-            stopped: Notify::new(),
-            healed: AtomicBool::new(false),
-            next_process: AtomicU64::new(0),
-            next_producer: AtomicU64::new(0),
-            next_value: AtomicU64::new(1),
-            ends: counters(),
-            acked_after_heal: counters(),
-            setup,
-        });
-        let mut tasks = JoinSet::new();
-        for partition in 0..shared.setup.partition_count {
-            for _ in 0..PRODUCER_COUNT {
-                let client = shared.setup.client("producer")?;
-                tasks.spawn(append::run(shared.clone(), client, partition));
-            }
-            let replicas = shared.setup.nodes.iter().map(|node| Some(*node));
-            for node in [None].into_iter().chain(replicas) {
-                let client = shared.setup.client("reader")?;
-                tasks.spawn(read::run(shared.clone(), client, partition, node));
-            }
+    /// The topics cannot be created, or the SDK refuses an option.
+    pub async fn start(kind: Kind, setup: Setup, history: Arc<Writer>) -> Result<Self, Error> {
+        let control = Control::new(&setup);
+        for topic in setup.topics(kind) {
+            control.create_at_start(&topic).await?;
         }
-        Ok(Self { shared, tasks })
+        let topic = setup.topics(kind).into_iter().next().unwrap_or_default();
+        let shared = Shared::new(kind, setup, &topic, history);
+        let mut tasks = JoinSet::new();
+        let mut queue = None;
+        match kind {
+            Kind::Append => append::start(&shared, &mut tasks)?,
+            Kind::Producers => producers::start(&shared, &mut tasks)?,
+            Kind::Queue => queue = Some(queue::start(&shared, &mut tasks)?),
+            Kind::Metadata => metadata::start(&shared, &control, &mut tasks),
+            Kind::Tokens => tokens::start(&shared, &mut tasks)?,
+        }
+        Ok(Self { kind, shared, tasks, queue })
     }
 
     /// From now on appends count as made after the faults. Waits until each partition has
@@ -190,14 +331,27 @@ impl Workload {
         }
     }
 
-    /// Begins no further operation and waits for those under way. Gives the offset after the
-    /// highest acknowledged one of each partition.
-    pub async fn stop(mut self) -> Vec<u64> {
+    /// Begins no further operation, waits for those under way and for the jobs that wait, and
+    /// reads every replica to its end.
+    ///
+    /// # Errors
+    /// The closing read cannot begin. A replica that is not read to its end is no error: the
+    /// history shows it.
+    pub async fn finish(mut self) -> Result<(), Error> {
         self.shared.stop.store(true, Ordering::Release);
         self.shared.stopped.notify_waiters();
         // Each task ends by the time-outs of its operations.
         finish(&mut self.tasks).await;
-        self.shared.ends.iter().map(|end| end.load(Ordering::Acquire)).collect()
+        let shared = &self.shared;
+        let ends: Vec<u64> = shared.ends.iter().map(|end| end.load(Ordering::Acquire)).collect();
+        match self.queue {
+            Some(workers) => workers.finish(shared, &ends).await,
+            None if self.kind == Kind::Metadata => {
+                metadata::finish(shared).await;
+                Ok(())
+            }
+            None => drain::drain_all(shared, &shared.topic, &ends).await,
+        }
     }
 }
 

@@ -22,5 +22,5 @@ pub use error::{ConfigError, Error};
 pub use http::{HttpShim, HttpShimConfig, Secret, TOKEN_VARIABLES, run_http};
 pub use kit::{
     DRAIN_MAX, HEARTBEAT_SCHEMA, JobEnd, JobError, Metrics, Operator, PARALLELISM_MAX, REGISTRATION_SCHEMA, RunOptions,
-    check_registration, failed_result, job_id, result_id, results_topic_of, run,
+    check_registration, failed_result, job_id, result_id, run,
 };

@@ -44,6 +44,7 @@ impl Bus {
             r#"
 node = 1
 cluster = "test"
+bootstrap = true
 data = "{folder}/data"
 cluster_secret = "a secret for tests of 32 bytes or more"
 [listen]

@@ -29,6 +29,12 @@ pub enum DecodeError {
         /// The version found.
         version: u32,
     },
+    /// A newer program wrote it, in a version of its own kind.
+    #[error("{what} is newer than this program")]
+    Unknown {
+        /// Which part.
+        what: &'static str,
+    },
     /// The checksum does not match.
     #[error("checksum of {what} does not match")]
     Crc {

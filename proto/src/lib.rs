@@ -8,6 +8,8 @@
 //!   frame_buffer.rs, gather.rs   frames in and out of byte streams
 //!   lease.rs    the MAC'd token of a granted job
 //!   token.rs    access tokens of clients       (signed JWT)
+//!   version.rs  which version of a protocol two ends use
+//!   planted.rs  bugs and crash points for the fault tests, absent without their feature
 //!   wire.rs     generated protobuf and gRPC
 //! ```
 //!
@@ -23,10 +25,12 @@ mod ids;
 mod lease;
 pub mod limits;
 mod name;
+pub mod planted;
 mod record;
 mod stamp;
 mod tls;
 mod token;
+mod version;
 pub mod wire;
 
 pub use batch::{BATCH_HEADER_SIZE, Batch, BatchKind, Compression, FORMAT_VERSION, Header, chain_start};
@@ -36,7 +40,7 @@ pub use frame_buffer::FrameBuffer;
 pub use gather::Gather;
 pub use ids::{GroupId, NodeId, Offset, PartitionId, RaftIndex, ReplicaId, Term};
 pub use lease::{LEASE_KEY_SIZE, LeaseKey, LeaseRejected};
-pub use name::{NameError, TopicClass, check_schema, check_tenant, check_topic};
+pub use name::{NameError, TopicClass, check_schema, check_tenant, check_topic, results_topic_of};
 pub use record::{
     BatchBuilder, EventType, ProducerStamp, Record, RecordCursor, RecordParts, RecordRef, check_records, records,
 };
@@ -46,3 +50,4 @@ pub use token::{
     AUDIENCE_DEFAULT, Claims, OPERATOR_TOPIC, Permission, SYSTEM_TENANT, Session, TOKEN_SIZE_MAX, TokenAlgorithm,
     TokenError, TokenKey, TokenKeyPair, TokenSigner, Verb, Verifier,
 };
+pub use version::{CLIENT_VERSIONS, PEER_VERSIONS, VersionRange};

@@ -76,6 +76,10 @@ pub const RECEIVED_TOTAL_MAX: usize = 64 << 20;
 pub const SENDING_TOTAL_MAX: usize = 64 << 20;
 /// Large frames that are partly received, of all connections of a node.
 pub const PARTIAL_FRAMES_TOTAL_MAX: usize = 32 << 20;
+/// Longest time between two tries to reach another node, in milliseconds.
+pub const REDIAL_MS_MAX: u64 = 500;
+/// Least reserve of a node's disk: what was admitted and is not written yet must fit into it.
+pub const RESERVE_SIZE_MIN: u64 = 64 << 20;
 /// Time to complete a handshake, in milliseconds.
 pub const HANDSHAKE_MS_MAX: u64 = 5_000;
 
@@ -84,6 +88,12 @@ pub const HANDSHAKE_MS_MAX: u64 = 5_000;
 pub const DISK_RESERVE_SIZE_MAX: u64 = 512 << 20;
 /// See [`DISK_RESERVE_SIZE_MAX`]; in percent of the disk.
 pub const DISK_RESERVE_PERCENT_MAX: u64 = 5;
+
+/// Nodes that a node remembers as having dialled it.
+pub const DIALLER_COUNT_MAX: usize = 1_024;
+
+/// Files of purged segments that a data directory keeps for new ones, in bytes together.
+pub const SEGMENT_POOL_SIZE_MAX: u64 = 512 << 20;
 
 /// Ranges of damaged entries that one log keeps account of.
 pub const DAMAGE_COUNT_MAX: usize = 256;

@@ -61,6 +61,12 @@ impl TopicClass {
     }
 }
 
+/// The results topic of a jobs topic for which none is named: `a.results` for `a.jobs`, `x.results` for any other `x`.
+#[must_use]
+pub fn results_topic_of(jobs_topic: &str) -> String {
+    format!("{}.results", jobs_topic.strip_suffix(".jobs").unwrap_or(jobs_topic))
+}
+
 fn refuse(field: &'static str, name: &str, rule: &'static str) -> Result<(), NameError> {
     Err(NameError { field, name: name.chars().take(80).collect(), rule })
 }

@@ -23,6 +23,7 @@ use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use serde::{Deserialize, Serialize};
 
 use crate::check_tenant;
+use crate::planted::{self, Bug};
 
 /// Longest token that is looked at, in bytes.
 pub const TOKEN_SIZE_MAX: usize = 16 << 10;
@@ -356,7 +357,7 @@ fn session(claims: ReadClaims, now: u64) -> Result<Session, TokenError> {
     if !claims.exp.is_finite() || claims.exp < 0.0 {
         return bad("exp", "it is not a time");
     }
-    if claims.exp <= now_seconds {
+    if claims.exp <= now_seconds && !planted::has(Bug::ExpiryIgnored) {
         return Err(TokenError::Expired);
     }
     if claims.nbf.is_some_and(|nbf| nbf > now_seconds) {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use arqon_proto::planted::{self, Bug};
 use openraft::{Config, SnapshotPolicy};
 
 /// Leaders show life this often, in milliseconds.
@@ -23,7 +24,7 @@ pub(crate) fn raft_config(cluster: &str) -> Arc<Config> {
         // Switched on by `pulse.rs` for groups that need an election.
         enable_tick: false,
         enable_pre_vote: Some(true),
-        enable_leader_restore: Some(false),
+        enable_leader_restore: Some(planted::has(Bug::LeaderRestore)),
         allow_log_reversion: Some(false),
         // Retention decides what is dropped, not the number of entries.
         snapshot_policy: SnapshotPolicy::Never,
@@ -45,7 +46,8 @@ pub(crate) fn raft_config(cluster: &str) -> Arc<Config> {
 fn assert_safe(config: &Config) {
     // A leader that replicated before its own fsync, crashed and came back inside its lease would
     // reissue the same log ids with other payloads.
-    assert_eq!(config.enable_leader_restore, Some(false), "a restarted leader must win an election again");
+    let restores = config.enable_leader_restore != Some(planted::has(Bug::LeaderRestore));
+    assert!(!restores, "a restarted leader must win an election again");
     // A replica whose log went backwards must be removed and re-added under a new id.
     assert_eq!(config.allow_log_reversion, Some(false), "a shorter log must never be accepted");
     assert_eq!(config.enable_pre_vote, Some(true), "an isolated node must not raise terms");

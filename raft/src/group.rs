@@ -9,8 +9,10 @@ use std::{
     task::{Context, Poll},
 };
 
+use arqon_proto::planted::{self, Bug};
 use arqon_proto::{Batch, GroupId, NodeId, RaftIndex, ReplicaId, Term, limits};
-use arqon_storage::{CheckpointKind, Log, LogPosition};
+use arqon_storage::{CheckpointKind, Log, LogPosition, ReadError};
+use bytes::Bytes;
 use openraft::{
     ReadPolicy, ServerState,
     async_runtime::watch::WatchReceiver as _,
@@ -20,9 +22,11 @@ use openraft::{
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use crate::{
+    aside::aside,
     host::Raft,
-    machine::{Machine, Readable, StateMachine},
+    machine::{Machine, Readable, Replay, StateMachine},
     pulse::Pulse,
+    repair::{self, REPAIR_PATIENCE, Repairs},
     store::Appended,
     types::{Applied, CommittedLeaderId, Reply, TypeConfig},
 };
@@ -59,8 +63,8 @@ pub struct Status {
     pub leader: Option<NodeId>,
     /// Whether this replica leads.
     pub is_leader: bool,
-    /// Whether it leads and has applied an entry of its own term, so that its state is complete.
-    /// Nothing may be accepted before.
+    /// Whether it leads, has applied an entry of its own term, so that its state is complete, and has not asked
+    /// another to take over. Nothing may be accepted before or after.
     pub ready: bool,
     /// Last applied entry.
     pub applied: Option<RaftIndex>,
@@ -84,6 +88,7 @@ struct Inner {
     raft: Raft,
     pulse: Arc<Pulse>,
     log: Log,
+    repairs: Arc<Repairs>,
     readable: watch::Receiver<Readable>,
     status: watch::Receiver<Status>,
     uncommitted: Arc<Semaphore>,
@@ -138,14 +143,14 @@ impl Group {
     pub(crate) fn new(
         id: GroupId,
         replica: ReplicaId,
-        (raft, pulse, appended): (Raft, Arc<Pulse>, Arc<Appended>),
+        (raft, pulse, appended, repairs): (Raft, Arc<Pulse>, Arc<Appended>, Arc<Repairs>),
         log: Log,
         readable: watch::Receiver<Readable>,
         blank: Box<dyn StateMachine>,
     ) -> Self {
-        let first = read_status(&raft, &log, *readable.borrow());
+        let first = read_status(&raft, &pulse, &log, *readable.borrow());
         let (status_tx, status) = watch::channel(first);
-        tokio::spawn(follow_status(raft.clone(), log.clone(), readable.clone(), status_tx));
+        tokio::spawn(follow_status(raft.clone(), pulse.clone(), log.clone(), readable.clone(), status_tx));
         let uncommitted = Arc::new(Semaphore::new(limits::UNCOMMITTED_SIZE_MAX));
         let blank = blank.into();
         Self {
@@ -155,6 +160,7 @@ impl Group {
                 raft,
                 pulse,
                 log,
+                repairs,
                 readable,
                 status,
                 uncommitted,
@@ -259,7 +265,7 @@ impl Group {
     /// The state of the replica now.
     #[must_use]
     pub fn status(&self) -> Status {
-        read_status(&self.inner.raft, &self.inner.log, *self.inner.readable.borrow())
+        read_status(&self.inner.raft, &self.inner.pulse, &self.inner.log, *self.inner.readable.borrow())
     }
 
     /// Whether this replica leads and has applied an entry of its own term; as [`Self::watch`]
@@ -281,6 +287,13 @@ impl Group {
         self.inner.log.poisoned().or_else(|| stopped(&self.inner.raft))
     }
 
+    /// Why the log here is closed for writing, if a write or sync of it has failed. Another start of this process
+    /// opens it again.
+    #[must_use]
+    pub fn closed(&self) -> Option<String> {
+        self.inner.log.poisoned()
+    }
+
     /// Whether this replica leads and the voter on `node` has everything but the last few entries.
     #[must_use]
     pub fn is_caught_up(&self, node: NodeId) -> bool {
@@ -293,6 +306,11 @@ impl Group {
         let matching = metrics.replication.as_ref().and_then(|targets| targets.get(&target)?.as_ref());
         let last_index = metrics.last_log_index.unwrap_or_default();
         matching.is_some_and(|matching| last_index.saturating_sub(matching.index()) <= CAUGHT_UP_LAG_MAX)
+    }
+
+    /// The nodes of the voters; two sets while they change.
+    pub(crate) fn voter_nodes(&self) -> Vec<BTreeSet<NodeId>> {
+        repair::voter_nodes(self.inner.raft.server_metrics().borrow_watched().membership_config.membership())
     }
 
     /// Follows leadership, term and readiness. Positions in it are those of the last such change.
@@ -313,6 +331,9 @@ impl Group {
     /// # Errors
     /// `NotLeader` when it does not lead, or no majority answers.
     pub async fn confirm_leader(&self) -> Result<(), ProposeError> {
+        if planted::has(Bug::StaleLeaderRead) {
+            return Ok(());
+        }
         match self.inner.raft.ensure_linearizable(ReadPolicy::ReadIndex).await {
             Ok(_) => Ok(()),
             Err(_) => match stopped(&self.inner.raft) {
@@ -324,7 +345,8 @@ impl Group {
 
     /// Drops the log up to `through` on this replica: saves the state right after it as the
     /// snapshot for those who lag, then purges. Entries that a follower still needs are purged
-    /// when it has them. Nothing happens when they are gone already.
+    /// when it has them. Nothing happens when they are gone already. Waits up to ten seconds for the repair
+    /// of each damaged entry that it meets.
     ///
     /// # Errors
     /// `through` is not applied here, the log cannot be read, or the replica has stopped.
@@ -337,11 +359,34 @@ impl Group {
         if inner.readable.borrow().index < Some(through.index) {
             return Err(io::Error::other(format!("entry {} is not applied yet and cannot be trimmed", through.index)));
         }
-        let (machine, log) = (blank.fresh(), inner.log.clone());
-        let making = tokio::task::spawn_blocking(move || Machine::checkpoint_at(machine, &log, through));
-        let checkpoint = making.await.map_err(io::Error::other)??;
+        let checkpoint = self.make_checkpoint(blank.fresh(), through).await?;
         inner.log.save_checkpoint(CheckpointKind::Retention, through, checkpoint).await?;
+        planted::crash_point("retention-checkpoint");
         inner.raft.trigger().snapshot().await.map_err(io::Error::other)
+    }
+
+    /// The checkpoint of the state right after the entry `through`.
+    async fn make_checkpoint(&self, blank: Box<dyn StateMachine>, through: LogPosition) -> io::Result<Bytes> {
+        let (log, repairs) = (&self.inner.log, &self.inner.repairs);
+        let (has_threads, own) = (log.store_has_threads(), log.clone());
+        let mut replay = aside(has_threads, move || Replay::begin(blank, own, through)).await??;
+        let mut unrepaired = None;
+        loop {
+            let made;
+            (replay, made) = aside(has_threads, move || {
+                let made = replay.run();
+                (replay, made)
+            })
+            .await?;
+            match made {
+                // It may also have been repaired before anybody could wait for it: told by the next read.
+                Err(ReadError::Damaged { index, .. }) if unrepaired != Some(index) => {
+                    let is_repaired = repairs.repaired(log, index, Some(REPAIR_PATIENCE)).await;
+                    unrepaired = (!is_repaired).then_some(index);
+                }
+                made => return made.map_err(io::Error::other),
+            }
+        }
     }
 
     /// Waits until `through` is no longer in the log of this replica.
@@ -388,7 +433,7 @@ impl Group {
     }
 }
 
-fn read_status(raft: &Raft, log: &Log, readable: Readable) -> Status {
+fn read_status(raft: &Raft, pulse: &Pulse, log: &Log, readable: Readable) -> Status {
     let metrics = raft.server_metrics();
     let metrics = metrics.borrow_watched();
     let membership = metrics.membership_config.membership();
@@ -399,7 +444,7 @@ fn read_status(raft: &Raft, log: &Log, readable: Readable) -> Status {
         term,
         leader: metrics.current_leader.and_then(node_of),
         is_leader,
-        ready: is_leader && readable.term == term,
+        ready: is_leader && readable.term == term && !pulse.has_resigned(term.0),
         applied: readable.index,
         last: log.last().map(|last| last.index),
         voters: membership.voter_ids().filter_map(node_of).collect(),
@@ -408,11 +453,17 @@ fn read_status(raft: &Raft, log: &Log, readable: Readable) -> Status {
 }
 
 /// Publishes a status whenever leadership, term, readiness or membership change.
-async fn follow_status(raft: Raft, log: Log, mut readable: watch::Receiver<Readable>, out: watch::Sender<Status>) {
+async fn follow_status(
+    raft: Raft,
+    pulse: Arc<Pulse>,
+    log: Log,
+    mut readable: watch::Receiver<Readable>,
+    out: watch::Sender<Status>,
+) {
     let mut server = raft.server_metrics();
     loop {
-        let status = read_status(&raft, &log, *readable.borrow_and_update());
-        let waits_for_noop = status.is_leader && !status.ready;
+        let status = read_status(&raft, &pulse, &log, *readable.borrow_and_update());
+        let waits_for_noop = status.is_leader && !status.ready && !pulse.has_resigned(status.term.0);
         out.send_if_modified(|old| {
             let changed = (old.term, old.leader, old.is_leader, old.ready, &old.voters, &old.stopped)
                 != (status.term, status.leader, status.is_leader, status.ready, &status.voters, &status.stopped);
@@ -421,12 +472,14 @@ async fn follow_status(raft: Raft, log: Log, mut readable: watch::Receiver<Reada
         });
         let ended = tokio::select! {
             changed = server.changed() => changed.is_err(),
+            // Before openraft knows of it, which on a slow disk takes long.
+            () = pulse.resigned() => false,
             // Every commit changes this: watched only until the leader's first entry is applied.
             changed = readable.changed(), if waits_for_noop => changed.is_err(),
             () = out.closed() => return,
         };
         if ended {
-            let status = read_status(&raft, &log, *readable.borrow());
+            let status = read_status(&raft, &pulse, &log, *readable.borrow());
             out.send_replace(Status { is_leader: false, ready: false, ..status });
             return;
         }

@@ -1,7 +1,7 @@
 //! All groups of a node, and the transport that they share.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     sync::{
         Arc, PoisonError, RwLock, RwLockReadGuard,
@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arqon_proto::{GroupId, NodeId, ReplicaId, wire};
+use arqon_proto::{GroupId, NodeId, ReplicaId, limits, wire};
 use arqon_storage::{Space, Store};
 use bytes::Bytes;
 use futures_util::{
@@ -25,6 +25,7 @@ use tokio::{
 };
 
 use crate::{
+    aside::aside,
     config::raft_config,
     group::Group,
     machine::{Machine, Readable, StateMachine},
@@ -89,6 +90,8 @@ pub struct GroupSpec {
     /// Whether followers are told of every commit at once, because they act on what is applied.
     /// Others learn of it with the next entries, or a quarter of a second later.
     pub followers_act: bool,
+    /// Whose data the entries are: files of its log become files of logs of the same owner only.
+    pub owner: String,
 }
 
 /// Why a replica does not open.
@@ -155,6 +158,7 @@ pub(crate) struct HostInner {
     cluster: String,
     store: Store,
     peers: RwLock<BTreeMap<NodeId, PeerEntry>>,
+    diallers: RwLock<BTreeSet<NodeId>>,
     groups: RwLock<HashMap<GroupId, Replica>>,
     forward: RwLock<Option<ForwardHandler>>,
     pub repairs: Arc<Repairs>,
@@ -225,6 +229,19 @@ impl HostInner {
         self.peers.read().unwrap_or_else(PoisonError::into_inner).keys().copied().collect()
     }
 
+    /// A node has proven the cluster's secret on a connection to this one.
+    pub(crate) fn dialled(&self, from: NodeId) {
+        let mut diallers = self.diallers.write().unwrap_or_else(PoisonError::into_inner);
+        if diallers.contains(&from) {
+            return;
+        }
+        if diallers.len() == limits::DIALLER_COUNT_MAX {
+            tracing::warn!(node = from.0, "too many nodes have dialled this one, of which no more are remembered");
+            return;
+        }
+        diallers.insert(from);
+    }
+
     pub(crate) async fn handle_forward(&self, from: NodeId, kind: String, body: Bytes) -> Result<Bytes, String> {
         let handler = self.forward.read().unwrap_or_else(PoisonError::into_inner).clone();
         match handler {
@@ -240,6 +257,29 @@ impl HostInner {
 
     pub(crate) fn lock_groups(&self) -> RwLockReadGuard<'_, HashMap<GroupId, Replica>> {
         self.groups.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops a replica for good that cannot do its work any more, and remembers why, for its peers and
+    /// whoever gives it a successor.
+    pub(crate) async fn give_up(&self, group: GroupId, reason: String) {
+        tracing::error!(group = group.0, "the replica is given up: {reason}");
+        let running = {
+            let mut groups = self.groups.write().unwrap_or_else(PoisonError::into_inner);
+            match groups.get(&group) {
+                Some(Replica::Running(running)) => {
+                    let running = running.clone();
+                    let reason = reason.clone();
+                    groups.insert(group, Replica::Quarantined { replica: running.replica(), reason });
+                    Some(running)
+                }
+                // It is being opened, which ends with the reason.
+                _ => None,
+            }
+        };
+        self.repairs.give_up(group, reason);
+        if let Some(running) = running {
+            stop(&running).await;
+        }
     }
 
     fn groups(&self) -> Vec<Group> {
@@ -265,6 +305,7 @@ impl Host {
             tls: options.tls,
             store,
             peers: RwLock::default(),
+            diallers: RwLock::default(),
             groups: RwLock::default(),
             forward: RwLock::default(),
             repairs: Arc::default(),
@@ -299,12 +340,19 @@ impl Host {
         node == self.inner.node || peers.get(&node).is_some_and(|entry| entry.peer.control.is_connected())
     }
 
+    /// The nodes that have proven the cluster's name and secret on a connection to this one since its start,
+    /// whether or not [`Host::set_peers`] named them.
+    #[must_use]
+    pub fn dialled_by(&self) -> BTreeSet<NodeId> {
+        self.inner.diallers.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Opens or creates a replica, recovers its log and starts Raft on it.
     ///
     /// # Errors
     /// [`OpenError`]; a quarantined replica stays known, and its peers are told.
     pub async fn open(&self, spec: GroupSpec, machine: Box<dyn StateMachine>) -> Result<Group, OpenError> {
-        let GroupSpec { group, replica, .. } = spec;
+        let (group, replica, owner) = (spec.group, spec.replica, spec.owner.clone());
         if self.inner.groups.read().unwrap_or_else(PoisonError::into_inner).contains_key(&group) {
             return Err(OpenError::AlreadyOpen(group));
         }
@@ -318,10 +366,10 @@ impl Host {
             }
             store.open_log(group, replica)
         };
-        let opening = tokio::task::spawn_blocking(open_log);
-        let log = match opening.await.map_err(|error| io(io::Error::other(error)))? {
+        let log = match aside(self.inner.store.has_threads(), open_log).await.map_err(io)? {
             Ok((log, recovery)) => {
                 tracing::debug!(group = group.0, replica = replica.0, ?recovery, "log opened");
+                log.set_owner(&owner);
                 log
             }
             Err(arqon_storage::OpenError::Quarantined { reason, .. }) => {
@@ -345,16 +393,28 @@ impl Host {
         let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone(), commit_patience };
         let repairs = self.inner.repairs.clone();
         // Before openraft reads the log: it may need what is damaged.
-        repairs.add(log.clone());
+        let mut voters = repair::voter_nodes(machine.members());
+        if voters.is_empty() {
+            voters.push(spec.initial.iter().map(|(_, node)| *node).collect());
+        }
+        let place = repairs.add(log.clone(), voters);
         let store = LogStore::new(log.clone(), installed, spec.initial.len() == 1, repairs.clone());
         let appended = store.appended();
         let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)
             .await
             .inspect_err(|_| repairs.remove(group))
-            .map_err(|fatal| io(io::Error::other(fatal)))?;
-        let handle = Group::new(group, replica, (raft.clone(), pulse, appended), log, readable, blank);
+            .map_err(|fatal| match place.given_up() {
+                Some(reason) => self.quarantine(group, replica, reason),
+                None => io(io::Error::other(fatal)),
+            })?;
+        let handle = Group::new(group, replica, (raft.clone(), pulse, appended, repairs), log, readable, blank);
         let running = Replica::Running(handle.clone());
         self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, running);
+        if let Some(reason) = place.given_up() {
+            // Just when openraft had what it needed to start.
+            self.inner.give_up(group, reason.clone()).await;
+            return Err(OpenError::Quarantined { group, replica, reason });
+        }
         self.initialise(&spec, raft).await;
         Ok(handle)
     }

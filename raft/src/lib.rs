@@ -13,6 +13,7 @@
 //! openraft appears nowhere outside this crate. Its version is pinned, and the settings that
 //! safety rests on are asserted in `config.rs`.
 
+mod aside;
 mod config;
 mod group;
 mod hold;

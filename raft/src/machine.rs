@@ -9,8 +9,9 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use arqon_proto::planted;
 use arqon_proto::{Batch, BatchKind, DecodeError, Offset, RaftIndex, Term, limits, wire};
-use arqon_storage::{CheckpointKind, Log, LogPosition};
+use arqon_storage::{CheckpointKind, Log, LogPosition, ReadError};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use openraft::{
@@ -41,7 +42,11 @@ const CHECKPOINT_STOP_BYTES: usize = 256 << 10;
 pub trait StateMachine: Send + 'static {
     /// Applies one committed entry; the answer goes to its proposer. Raft's own entries come
     /// too (kind `raft`).
-    fn apply(&mut self, batch: &Batch) -> Bytes;
+    ///
+    /// # Errors
+    /// An entry that a newer program wrote and this one does not know. It has changed nothing, and the group ends
+    /// here: a replica that passed it over would differ from the others from then on.
+    fn apply(&mut self, batch: &Batch) -> Result<Bytes, DecodeError>;
 
     /// The whole state.
     fn checkpoint(&self) -> Bytes;
@@ -91,75 +96,51 @@ impl Machine {
         installed: InstalledSlot,
         readable: watch::Sender<Readable>,
     ) -> io::Result<Self> {
-        let mut machine = Self {
+        let mut machine = Self { installed, readable, ..Self::blank(inner, log) };
+        machine.restore_newest(None)?;
+        Ok(machine)
+    }
+
+    /// One that nobody hears of.
+    fn blank(inner: Box<dyn StateMachine>, log: Log) -> Self {
+        Self {
             inner: Mutex::new(inner),
             next_offset: Offset(0),
             log,
-            installed,
-            readable,
+            installed: InstalledSlot::default(),
+            readable: watch::Sender::default(),
             applied: None,
             membership: StoredMembership::default(),
             unsaved_bytes: 0,
-        };
-        let mut checkpoints = machine.log.checkpoints();
+        }
+    }
+
+    /// Takes up the newest checkpoint that opens, none after `limit`; the state of an empty log where no entry
+    /// was purged.
+    fn restore_newest(&mut self, limit: Option<LogPosition>) -> io::Result<()> {
+        let mut checkpoints = self.log.checkpoints();
         checkpoints.sort_by_key(|(_, at)| std::cmp::Reverse(at.index));
         // From one below the log's start the state cannot be made again.
-        checkpoints.retain(|(_, at)| machine.log.purged().is_none_or(|purged| at.index >= purged.index));
+        checkpoints.retain(|(_, at)| self.log.purged().is_none_or(|purged| at.index >= purged.index));
+        checkpoints.retain(|(_, at)| limit.is_none_or(|limit| at.index <= limit.index));
         for (kind, at) in checkpoints {
-            match machine.log.load_checkpoint(kind, at).and_then(|bytes| machine.restore(&bytes)) {
-                Ok(()) => return Ok(machine),
+            match self.log.load_checkpoint(kind, at).and_then(|bytes| self.restore(&bytes)) {
+                Ok(()) => return Ok(()),
                 // The disk may give it the next time.
                 Err(error) if !matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::NotFound) => {
                     return Err(error);
                 }
                 // Derived data: an older one, or the log itself, gives the same state.
                 Err(error) => {
-                    tracing::warn!(%error, index = at.index.0, "checkpoint does not open, taking an older one")
+                    tracing::warn!(%error, group = self.log.group().0, index = at.index.0, "checkpoint does not open, taking an older one")
                 }
             }
         }
-        if machine.log.purged().is_some() {
+        if self.log.purged().is_some() {
             let reason = "the log's start is gone and no checkpoint of it opens";
             return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
         }
-        machine.inner().restore(&[]).map_err(io::Error::other)?;
-        Ok(machine)
-    }
-
-    /// The checkpoint of the state right after the entry `through`, made by applying the log again
-    /// from the last retention point on. Takes as long as reading those entries takes.
-    pub(crate) fn checkpoint_at(blank: Box<dyn StateMachine>, log: &Log, through: LogPosition) -> io::Result<Bytes> {
-        let mut machine = Self {
-            inner: Mutex::new(blank),
-            next_offset: Offset(0),
-            log: log.clone(),
-            installed: InstalledSlot::default(),
-            readable: watch::Sender::default(),
-            applied: None,
-            membership: StoredMembership::default(),
-            unsaved_bytes: 0,
-        };
-        if let Some(snapshot) = current_snapshot(log)? {
-            machine.restore(&snapshot.snapshot)?;
-        }
-        loop {
-            let next = machine.next_index();
-            if next > through.index.0 {
-                break;
-            }
-            let range = RaftIndex(next)..through.index.next();
-            let batches = log.entries(range, limits::APPEND_SIZE_MAX).map_err(io::Error::other)?;
-            if batches.is_empty() {
-                return Err(io::Error::other(format!("log has a hole at index {next}")));
-            }
-            for batch in batches {
-                machine.apply_entry(&into_entry(batch).map_err(io::Error::other)?);
-            }
-        }
-        if machine.applied.as_ref().map(position) != Some(through) {
-            return Err(io::Error::other(format!("the log has no entry {}-{}", through.term, through.index)));
-        }
-        Ok(machine.encode_checkpoint())
+        self.inner().restore(&[]).map_err(io::Error::other)
     }
 
     fn inner(&mut self) -> &mut dyn StateMachine {
@@ -218,7 +199,9 @@ impl Machine {
         self.membership.membership()
     }
 
-    pub(crate) fn apply_entry(&mut self, entry: &Entry) -> Applied {
+    /// # Errors
+    /// The entry is newer than this program.
+    pub(crate) fn apply_entry(&mut self, entry: &Entry) -> io::Result<Applied> {
         if let Some(applied) = &self.applied {
             assert!(entry.log_id.index() > applied.index(), "entries are applied in order, each once");
         }
@@ -228,11 +211,13 @@ impl Machine {
             EntryPayload::Normal(batch) => {
                 if batch.header.kind == BatchKind::Data {
                     assert_eq!(batch.header.base_offset, self.next_offset, "offsets have no gap");
+                }
+                answer.outcome = self.inner().apply(batch).map_err(|error| unknown_entry(at, &error))?;
+                if batch.header.kind == BatchKind::Data {
                     self.next_offset = batch.header.next_offset();
                 }
                 answer.base_offset = batch.header.base_offset;
                 answer.time_ms = batch.header.time_ms;
-                answer.outcome = self.inner().apply(batch);
                 self.unsaved_bytes += batch.header.batch_size();
             }
             EntryPayload::Membership(membership) => {
@@ -241,8 +226,55 @@ impl Machine {
             EntryPayload::Blank => {}
         }
         self.applied = Some(entry.log_id);
-        answer
+        Ok(answer)
     }
+}
+
+/// A machine of its own that applies the log again up to some entry, from the newest checkpoint before it.
+pub(crate) struct Replay {
+    machine: Machine,
+    through: LogPosition,
+}
+
+impl Replay {
+    /// Reads the checkpoint.
+    ///
+    /// # Errors
+    /// `InvalidData` when no checkpoint of what was purged opens; or the disk failed.
+    pub(crate) fn begin(blank: Box<dyn StateMachine>, log: Log, through: LogPosition) -> io::Result<Self> {
+        let mut machine = Machine::blank(blank, log);
+        machine.restore_newest(Some(through))?;
+        Ok(Self { machine, through })
+    }
+
+    /// Applies the entries that are left and gives the checkpoint of the state right after the last one. Takes as
+    /// long as reading them takes. After an error it may be called again, and goes on where that stood.
+    ///
+    /// # Errors
+    /// Entries are damaged or missing, or the disk failed.
+    pub(crate) fn run(&mut self) -> Result<Bytes, ReadError> {
+        let (machine, through) = (&mut self.machine, self.through);
+        while machine.next_index() <= through.index.0 {
+            let next = machine.next_index();
+            let batches = machine.log.entries(RaftIndex(next)..through.index.next(), limits::APPEND_SIZE_MAX)?;
+            if batches.is_empty() {
+                return Err(io::Error::other(format!("log has a hole at index {next}")).into());
+            }
+            for batch in batches {
+                machine.apply_entry(&into_entry(batch).map_err(io::Error::other)?)?;
+            }
+        }
+        if machine.applied.as_ref().map(position) != Some(through) {
+            return Err(io::Error::other(format!("the log has no entry {}-{}", through.term, through.index)).into());
+        }
+        Ok(machine.encode_checkpoint())
+    }
+}
+
+fn unknown_entry(at: LogPosition, error: &DecodeError) -> io::Error {
+    let (term, index) = (at.term, at.index);
+    let text = format!("entry {term}-{index} cannot be applied: {error}; this node needs the program of the others");
+    io::Error::new(io::ErrorKind::Unsupported, text)
 }
 
 fn malformed(reason: String) -> io::Error {
@@ -272,7 +304,9 @@ impl RaftStateMachine<TypeConfig> for Machine {
     {
         while let Some(item) = entries.next().await {
             let (entry, responder) = item?;
-            let answer = self.apply_entry(&entry);
+            let answer = self.apply_entry(&entry).inspect_err(|error| {
+                tracing::error!(group = self.log.group().0, %error, "the replica stops");
+            })?;
             // Before the answer: who was told of a write must be able to read it.
             self.publish();
             if let Some(responder) = responder {
@@ -298,14 +332,16 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Bytes) -> Result<(), io::Error> {
+        // At start openraft hands the machine its own snapshot, which may lie behind it, and may be no more
+        // than a position.
+        if self.applied >= meta.last_log_id {
+            return Ok(());
+        }
         let checkpoint = decode_checkpoint(&snapshot)?;
         if checkpoint.applied.map(from_wire_log_id) != meta.last_log_id {
             return Err(io::Error::other("snapshot does not belong to its announced position"));
         }
-        // At start openraft hands the machine its own snapshot, which may lie behind it.
-        if self.applied >= meta.last_log_id {
-            return Ok(());
-        }
+        planted::crash_point("snapshot-received");
         self.restore(&snapshot)?;
         let Some(last) = &meta.last_log_id else { return Ok(()) };
         // The log jumps when openraft purges it, which it does next, and saves the checkpoint with
@@ -316,14 +352,19 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        current_snapshot(&self.log)
+        // openraft ends the group when it finds none that it counts on.
+        let snapshot = current_snapshot(&self.log)?;
+        // A machine behind the log start would be told to install it.
+        let is_covered = self.applied.as_ref().map(position) >= self.log.purged();
+        Ok(snapshot.or_else(|| lost_snapshot(&self.log, &self.membership).filter(|_| is_covered)))
     }
 }
 
 /// Gives the checkpoint of the retention point. Without one nothing was purged and nobody needs
 /// a snapshot, unless its file was lost. The present state must not stand in for it: whoever
-/// installed that would drop all that is retained. So only its position is told then, which keeps
-/// openraft's account right; this replica cannot help one that lags, another one can.
+/// installed that would drop all that is retained. So only its position is told then, without bytes, which
+/// keeps openraft's account right; this replica cannot help one that lags, another one can: see
+/// `Client::full_snapshot`.
 pub(crate) struct RetentionSnapshot {
     log: Log,
     membership: StoredMembership,
@@ -336,16 +377,21 @@ impl RaftSnapshotBuilder<TypeConfig> for RetentionSnapshot {
         if let Some(snapshot) = current_snapshot(&self.log)? {
             return Ok(snapshot);
         }
-        let Some(purged) = self.log.purged() else {
-            return Err(io::Error::other("nothing was purged, there is nothing to snapshot"));
-        };
-        tracing::error!(
-            index = purged.index.0,
-            "the checkpoint at the log's start is lost: replicas that lag need another leader"
-        );
-        let meta = SnapshotMeta { last_log_id: Some(log_id(purged)), last_membership: self.membership.clone() };
-        Ok(Snapshot { meta, snapshot: Bytes::new() })
+        let lost = lost_snapshot(&self.log, &self.membership);
+        lost.ok_or_else(|| io::Error::other("nothing was purged, there is nothing to snapshot"))
     }
+}
+
+/// The place of a snapshot that is lost, if entries were purged and there must be one.
+fn lost_snapshot(log: &Log, membership: &StoredMembership) -> Option<Snapshot> {
+    let purged = log.purged()?;
+    tracing::error!(
+        group = log.group().0,
+        index = purged.index.0,
+        "the checkpoint at the log's start is lost: replicas that lag need another leader"
+    );
+    let meta = SnapshotMeta { last_log_id: Some(log_id(purged)), last_membership: membership.clone() };
+    Some(Snapshot { meta, snapshot: Bytes::new() })
 }
 
 fn current_snapshot(log: &Log) -> io::Result<Option<Snapshot>> {
@@ -357,7 +403,8 @@ fn current_snapshot(log: &Log) -> io::Result<Option<Snapshot>> {
         Ok(snapshot) => Ok(Some(snapshot)),
         // As good as lost: see `RetentionSnapshot`.
         Err(error) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::NotFound) => {
-            tracing::warn!(%error, index = at.index.0, "the checkpoint of the retention point does not open");
+            let group = log.group().0;
+            tracing::warn!(%error, group, index = at.index.0, "the checkpoint of the retention point does not open");
             Ok(None)
         }
         Err(error) => Err(error),

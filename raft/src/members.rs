@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   wanted, not a member                     -> made a learner
-//!   a wanted learner lacks entries           -> wait
+//!   a wanted learner lacks entries,
+//!     or may not vote yet                    -> wait
 //!   the leader goes, a wanted voter is there -> leadership goes to that one; it does the rest
 //!   the leader goes, no wanted voter is there-> the wanted ones become voters beside it
 //!   voters other than wanted, or two sets    -> joint change to those wanted
@@ -37,6 +38,8 @@ const STEP_PATIENCE: Duration = Duration::from_secs(10);
 pub struct WantedMembers {
     /// The replicas, with their nodes.
     pub replicas: BTreeMap<ReplicaId, NodeId>,
+    /// Those that may vote once they have caught up; a voter stays one. The others are learners.
+    pub eligible: BTreeSet<ReplicaId>,
     /// Nodes that can be reached now: others do not get leadership.
     pub reachable: BTreeSet<NodeId>,
     /// Whether each replica is taken in and let go by itself, as it can be. Otherwise those that go
@@ -136,10 +139,12 @@ impl Group {
             return self.change(ChangeMembers::AddNodes(at)).await;
         }
         let lag = |id: &u64| members.lags.get(id).copied().flatten().unwrap_or(u64::MAX);
-        let behind = wanted_ids.difference(&members.voters).map(lag).max().filter(|lag| *lag > CAUGHT_UP_LAG_MAX);
+        let is_eligible = |id: &u64| wanted.eligible.contains(&ReplicaId(*id));
+        let waits = |id: &&u64| lag(id) > CAUGHT_UP_LAG_MAX || !is_eligible(id);
+        let behind = wanted_ids.difference(&members.voters).filter(waits).map(lag).max();
         let mut voters = wanted_ids.clone();
         if wanted.one_by_one {
-            voters.retain(|id| members.voters.contains(id) || lag(id) <= CAUGHT_UP_LAG_MAX);
+            voters.retain(|id| members.voters.contains(id) || !waits(&id));
         }
         if members.voters != voters || members.is_joint {
             if let Some(behind) = behind.filter(|_| !wanted.one_by_one || voters.is_empty()) {

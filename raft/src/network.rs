@@ -8,7 +8,7 @@ use std::{
 };
 
 use arqon_proto::{
-    NodeId,
+    GroupId, NodeId,
     wire::{self, PeerFrame, append_reply, peer_frame::Body as Message},
 };
 use bytes::Bytes;
@@ -34,6 +34,7 @@ use crate::{
     host::HostInner,
     peer::{Failure, framed::Body, outgoing::Outgoing},
     pulse::Pulse,
+    repair,
     types::{
         ReplicaAt, Snapshot, TypeConfig, Vote, from_wire_log_id, from_wire_vote, into_batch, wire_log_id,
         wire_membership, wire_vote,
@@ -67,7 +68,7 @@ impl Network {
     fn client(&self, target: u64, at: ReplicaAt, heartbeats: Option<Arc<Pulse>>) -> Client {
         let peer = self.host.peer(NodeId(at.node));
         let commit_patience = self.commit_patience;
-        Client { own: self.host.node.0, group: self.group, target, peer, heartbeats, commit_patience }
+        Client { host: self.host.clone(), group: self.group, target, peer, heartbeats, commit_patience }
     }
 }
 
@@ -94,7 +95,7 @@ pub(crate) struct Peer {
 
 /// Talks to one replica of one group.
 pub(crate) struct Client {
-    own: u64,
+    host: Arc<HostInner>,
     group: u64,
     target: u64,
     peer: Arc<Peer>,
@@ -114,9 +115,12 @@ impl Client {
 
     fn failed(&self, failure: &Failure, what: RPCTypes, patience: Duration) -> RPCError<TypeConfig> {
         match failure {
-            Failure::TimedOut => {
-                RPCError::Timeout(Timeout { action: what, id: self.own, target: self.target, timeout: patience })
-            }
+            Failure::TimedOut => RPCError::Timeout(Timeout {
+                action: what,
+                id: self.host.node.0,
+                target: self.target,
+                timeout: patience,
+            }),
             // Backed off from: nobody is there, or the replica is not (yet) open.
             Failure::Unreachable(_) | Failure::Refused { .. } => {
                 RPCError::Unreachable(Unreachable::new(&Reason(failure.to_string())))
@@ -292,6 +296,12 @@ impl RaftNetworkV2<TypeConfig> for Client {
         cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
         option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        if snapshot.snapshot.is_empty() {
+            // Only another leader can help this follower.
+            repair::resign(&self.host, GroupId(self.group)).await;
+            let reason = Reason("the checkpoint at the log's start is lost on this node".to_owned());
+            return Err(RPCError::Unreachable(Unreachable::new(&reason)).into());
+        }
         let membership = &snapshot.meta.last_membership;
         let request = wire::SnapshotRequest {
             vote: Some(wire_vote(&vote)),

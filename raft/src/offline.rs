@@ -56,7 +56,7 @@ impl OfflineReplica {
             }
             for batch in batches {
                 let entry = into_entry(batch).map_err(|reason| io(io::Error::other(reason)))?;
-                machine.apply_entry(&entry);
+                machine.apply_entry(&entry).map_err(io)?;
             }
         }
         let members = machine.members();

@@ -34,7 +34,10 @@ use arqon_proto::{
 };
 use futures_util::FutureExt;
 use openraft::{ServerState, async_runtime::watch::WatchReceiver as _};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::{
+    sync::Notify,
+    time::{MissedTickBehavior, interval},
+};
 
 use crate::{
     config::{ELECTION_MS_MAX, ELECTION_MS_MIN, HEARTBEAT_MS},
@@ -84,6 +87,8 @@ pub(crate) struct Pulse {
     /// The term in which this replica has asked another to take over: openraft takes no more
     /// proposals then, so the others must elect somebody if that one does not.
     resigned_term: AtomicU64,
+    /// Wakes the one task that tells of it.
+    resigned: Notify,
     /// Some follower does not recognise the beats.
     is_doubted: AtomicBool,
     /// Whether openraft's timer is on.
@@ -101,6 +106,7 @@ impl Pulse {
             probed_ms: AtomicU64::default(),
             led_term: AtomicU64::default(),
             resigned_term: AtomicU64::default(),
+            resigned: Notify::new(),
             is_doubted: AtomicBool::default(),
             is_ticking: AtomicBool::default(),
         }
@@ -116,6 +122,17 @@ impl Pulse {
     /// This replica gives leadership away and shows no more life as the leader of `term`.
     pub(crate) fn resign(&self, term: u64) {
         self.resigned_term.store(term, Relaxed);
+        self.resigned.notify_one();
+    }
+
+    /// Whether this replica has asked another to take over in `term`: it may lead still, and takes no proposals.
+    pub(crate) fn has_resigned(&self, term: u64) -> bool {
+        self.resigned_term.load(Relaxed) == term
+    }
+
+    /// Waits until this replica resigns.
+    pub(crate) async fn resigned(&self) {
+        self.resigned.notified().await;
     }
 
     /// Whether the leader's lease runs.
@@ -215,7 +232,7 @@ fn lead(host: &HostInner, group: &Group, metrics: &Metrics, now_ms: u64, beats: 
         pulse.probed_ms.store(now_ms, Relaxed);
         pulse.is_doubted.store(false, Relaxed);
     }
-    let Some(beats) = beats.filter(|_| pulse.resigned_term.load(Relaxed) != term) else { return };
+    let Some(beats) = beats.filter(|_| !pulse.has_resigned(term)) else { return };
     // At another time for each group, so that they do not all come at once.
     let phase_ms = mix(metrics.id) % PROBE_MS;
     let period = |at_ms: u64| (at_ms + phase_ms) / PROBE_MS;
@@ -335,6 +352,7 @@ mod tests {
             probed_ms: 0.into(),
             led_term: 0.into(),
             resigned_term: 0.into(),
+            resigned: Notify::new(),
             is_doubted: false.into(),
             is_ticking: false.into(),
         }

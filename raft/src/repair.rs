@@ -9,10 +9,17 @@
 //! ```
 //!
 //! What peers answer is not believed: the chain proves that it is what was lost (see storage).
+//!
+//! What this replica needs and a majority has purged comes back from nobody: the replica is given up
+//! then, and copied anew. That cannot take a majority of the replicas at once. Each one that is given up
+//! has a log start below that of a majority; were they a majority themselves, the one of them with the highest
+//! log start could not have it.
+
+mod attempts;
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    io,
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::RangeInclusive,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -24,24 +31,25 @@ use arqon_proto::{
     Batch, GroupId, NodeId, RaftIndex, ReplicaId, limits,
     wire::{self, PeerFrame, peer_frame::Body as Message},
 };
-use arqon_storage::{Damage, Log};
+use arqon_storage::{Damage, Log, ReadError};
 use tokio::{
     sync::{Notify, watch},
     time::timeout,
 };
 
+use attempts::Attempts;
+
 use crate::{
+    aside::aside,
     host::{HostInner, Replica},
     peer::{Failure, framed::Body},
+    types::Membership,
 };
 
 /// Readers of a damaged entry wait this long for its repair, then openraft is told.
 pub(crate) const REPAIR_PATIENCE: Duration = Duration::from_secs(10);
 /// The logs are looked over this often, if nobody waits.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-/// A log that could not be repaired is tried again after this time, which doubles up to the longest.
-const RETRY_AFTER_MIN: Duration = Duration::from_millis(250);
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(30);
 /// Patience with one peer.
 const ENTRIES_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -58,25 +66,36 @@ pub struct DamageSummary {
     pub repaired_count: u64,
     /// Why the last attempt failed; none when it did not.
     pub problem: Option<String>,
+    /// Attempts that failed since the last one that did not.
+    pub failed_count: u64,
 }
 
 /// One log that is looked after.
-struct Place {
+pub(crate) struct Place {
     log: Log,
+    /// Nodes of the voters, as far as the state that the replica opened with tells; two sets while they change.
+    voters_at_open: Vec<BTreeSet<NodeId>>,
     repaired_count: AtomicU64,
     state: Mutex<PlaceState>,
 }
 
 #[derive(Default)]
 struct PlaceState {
-    problem: Option<String>,
-    /// The next attempt, and how long the one after it waits.
-    retry_at: Option<Instant>,
-    retry_after: Duration,
-    /// Raft cannot go on without an entry that is damaged.
-    is_needed: bool,
-    /// Leadership was given away because of that: where everybody has the damage it would go round.
-    has_resigned: bool,
+    attempts: Attempts,
+    /// Why the replica was given up before it ran.
+    given_up: Option<String>,
+}
+
+/// Somebody waits for a damaged entry, as long as this is there.
+struct Waiter {
+    place: Arc<Place>,
+    index: RaftIndex,
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        self.place.state().attempts.leave(self.index);
+    }
 }
 
 impl Place {
@@ -84,22 +103,36 @@ impl Place {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody waits: the next attempt is made at once.
-    fn need(&self, wake: &Notify) {
+    fn wait_for(self: Arc<Self>, index: RaftIndex, wake: &Notify) -> Waiter {
+        self.state().attempts.wait_for(index);
+        wake.notify_one();
+        Waiter { place: self, index }
+    }
+
+    /// Begins an attempt, if one is due.
+    fn begin(&self) -> bool {
         let mut state = self.state();
-        if !std::mem::replace(&mut state.is_needed, true) {
-            state.retry_at = None;
-            wake.notify_one();
+        let is_due = state.attempts.due_at().is_none_or(|at| at <= Instant::now());
+        if is_due {
+            state.attempts.begin();
         }
+        is_due
+    }
+
+    /// Why the replica was given up while it was being opened, if it was.
+    pub(crate) fn given_up(&self) -> Option<String> {
+        self.state().given_up.clone()
     }
 
     fn summary(&self) -> DamageSummary {
+        let (damaged, state) = (self.log.damaged(), self.state());
         DamageSummary {
             group: self.log.group(),
             replica: self.log.replica(),
-            damaged: self.log.damaged(),
+            damaged,
             repaired_count: self.repaired_count.load(Relaxed),
-            problem: self.state().problem.clone(),
+            problem: state.attempts.problem().map(str::to_owned),
+            failed_count: state.attempts.failed_count(),
         }
     }
 }
@@ -127,11 +160,22 @@ impl Repairs {
         self.places().get(&group).cloned()
     }
 
-    /// From now on the log is repaired, and answers peers that repair theirs.
-    pub(crate) fn add(&self, log: Log) {
-        let place = Place { repaired_count: AtomicU64::new(0), state: Mutex::default(), log };
-        self.places().insert(place.log.group(), Arc::new(place));
+    /// From now on the log is repaired, and answers peers that repair theirs. `voters` are the nodes of the
+    /// voters by the state of the machine.
+    pub(crate) fn add(&self, log: Log, voters_at_open: Vec<BTreeSet<NodeId>>) -> Arc<Place> {
+        let (repaired_count, state) = (AtomicU64::new(0), Mutex::default());
+        let place = Arc::new(Place { log, voters_at_open, repaired_count, state });
+        self.places().insert(place.log.group(), place.clone());
         self.wake.notify_one();
+        place
+    }
+
+    /// Ends the repair of a log whose replica is given up. Whoever waits is told that there will be none.
+    pub(crate) fn give_up(&self, group: GroupId, reason: String) {
+        if let Some(place) = self.place(group) {
+            place.state().given_up = Some(reason);
+        }
+        self.remove(group);
     }
 
     pub(crate) fn remove(&self, group: GroupId) {
@@ -157,19 +201,22 @@ impl Repairs {
     /// is closed, and when the damage is not on the list: nobody repairs it then.
     pub(crate) async fn repaired(&self, log: &Log, index: RaftIndex, patience: Option<Duration>) -> bool {
         let mut changed = self.changed.subscribe();
-        let covers = |damage: &Damage| (damage.first..=damage.last).contains(&index);
+        let covers = |damage: &Damage| span(damage).contains(&index);
         if !log.damaged().iter().any(covers) {
             return false;
         }
+        let _waiter = self.place(log.group()).map(|place| place.wait_for(index, &self.wake));
         let waiting = async {
             loop {
                 changed.borrow_and_update();
-                let Some(place) = self.place(log.group()) else { return false };
+                if self.place(log.group()).is_none() {
+                    return false;
+                }
                 if !log.damaged().iter().any(covers) {
                     return true;
                 }
-                place.need(&self.wake);
-                if changed.changed().await.is_err() {
+                // Damage also goes with entries that are purged or cut off, of which nothing is told.
+                if let Ok(Err(_)) = timeout(LOOK_INTERVAL, changed.changed()).await {
                     return false;
                 }
             }
@@ -181,38 +228,53 @@ impl Repairs {
     }
 }
 
+/// The entries that are lost.
+fn span(damage: &Damage) -> RangeInclusive<RaftIndex> {
+    damage.first..=damage.last
+}
+
 /// Repairs the logs of a node until it stops.
 pub(crate) async fn run(host: Arc<HostInner>) {
     let mut stopping = host.stopping.subscribe();
+    let mut pause = LOOK_INTERVAL;
     loop {
         tokio::select! {
             () = host.repairs.wake.notified() => {}
-            () = tokio::time::sleep(LOOK_INTERVAL) => {}
+            () = tokio::time::sleep(pause) => {}
             _ = stopping.wait_for(|stopping| *stopping) => return,
         }
+        pause = LOOK_INTERVAL;
         if host.damage_count() == 0 {
             continue;
         }
         let places: Vec<_> = host.repairs.places().values().cloned().collect();
-        for place in places {
-            let due = place.state().retry_at.is_none_or(|at| at <= Instant::now());
-            let damaged = if due { place.log.damaged() } else { Vec::new() };
+        for place in &places {
+            if !place.begin() {
+                continue;
+            }
+            let damaged = place.log.damaged();
             if damaged.is_empty() {
                 continue;
             }
             tokio::select! {
-                () = repair_log(&host, &place, damaged) => {}
+                () = repair_log(&host, place, damaged) => {}
                 _ = stopping.wait_for(|stopping| *stopping) => return,
             }
         }
+        // Whoever waits for one that was too early has woken this task already.
+        let now = Instant::now();
+        let due = places.iter().filter_map(|place| place.state().attempts.due_at());
+        let next = due.map(|at| at.saturating_duration_since(now)).filter(|pause| !pause.is_zero()).min();
+        pause = next.map_or(LOOK_INTERVAL, |next| next.min(LOOK_INTERVAL));
     }
 }
 
 /// One attempt at all damage of a log.
 async fn repair_log(host: &Arc<HostInner>, place: &Place, damaged: Vec<Damage>) {
-    let mut problem = None;
+    let (mut problem, mut given_up) = (None, None);
     for damage in damaged {
-        let result = match fetch(host, &place.log, &damage).await {
+        let mut purged_on = BTreeSet::new();
+        let result = match fetch(host, &place.log, &damage, &mut purged_on).await {
             Ok(batches) => place.log.repair(&damage, batches).await.map_err(|error| error.to_string()),
             Err(error) => Err(error),
         };
@@ -221,57 +283,99 @@ async fn repair_log(host: &Arc<HostInner>, place: &Place, damaged: Vec<Damage>) 
                 place.repaired_count.fetch_add(1, Relaxed);
                 host.repairs.changed.send_modify(|count| *count += 1);
             }
-            Err(error) => problem = Some(format!("entries {} to {}: {error}", damage.first, damage.last)),
-        }
-    }
-    let hands_over = {
-        let mut state = place.state();
-        match &problem {
-            None => *state = PlaceState::default(),
-            Some(text) => {
-                if state.problem.as_ref() != Some(text) {
-                    tracing::warn!(group = place.log.group().0, "damage is not repaired: {text}");
+            Err(error) => {
+                let text = format!("entries {} to {}: {error}", damage.first, damage.last);
+                let is_needed = place.state().attempts.is_needed(span(&damage));
+                if is_needed && is_majority(host, place, &purged_on) {
+                    given_up = Some(text.clone());
                 }
-                state.retry_after = (state.retry_after * 2).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX);
-                state.retry_at = Some(Instant::now() + state.retry_after);
+                problem = Some(text);
             }
         }
-        state.problem = problem;
-        let is_needed = state.problem.is_some() && std::mem::take(&mut state.is_needed);
-        is_needed && !state.has_resigned
-    };
-    if hands_over && hand_over(host, place.log.group()).await {
-        place.state().has_resigned = true;
+    }
+    if note_attempt(place, problem) {
+        give_way(host, place, "entries of the log here are damaged").await;
+    }
+    if let Some(reason) = given_up {
+        host.give_up(place.log.group(), format!("it needs damaged entries that a majority has purged: {reason}")).await;
     }
 }
 
-/// A leader that cannot read what a follower needs gives way to one that can. Whether it tried.
-async fn hand_over(host: &Arc<HostInner>, group: GroupId) -> bool {
+/// Remembers why damage is still there; says whether somebody waits for what could not be repaired.
+fn note_attempt(place: &Place, problem: Option<String>) -> bool {
+    let damaged = place.log.damaged();
+    let mut state = place.state();
+    if let Some(text) = problem.as_deref().filter(|text| state.attempts.problem() != Some(text)) {
+        tracing::warn!(group = place.log.group().0, "damage is not repaired: {text}");
+    }
+    let is_repaired = problem.is_none();
+    state.attempts.end(problem, Instant::now());
+    !is_repaired && damaged.iter().any(|damage| state.attempts.is_needed(span(damage)))
+}
+
+/// The nodes of the voters; two sets while they change.
+pub(crate) fn voter_nodes(membership: &Membership) -> Vec<BTreeSet<NodeId>> {
+    let node_of = |voter: &u64| membership.get_node(voter).map(|at| NodeId(at.node));
+    membership.get_joint_config().iter().map(|config| config.iter().filter_map(node_of).collect()).collect()
+}
+
+/// Whether `nodes` hold a majority of the voters of a group, by what its replica here knows.
+fn is_majority(host: &HostInner, place: &Place, nodes: &BTreeSet<NodeId>) -> bool {
+    let configs = match host.lock_groups().get(&place.log.group()) {
+        Some(Replica::Running(running)) => running.voter_nodes(),
+        _ => place.voters_at_open.clone(),
+    };
+    !configs.is_empty() && configs.iter().all(|voters| voters.intersection(nodes).count() * 2 > voters.len())
+}
+
+/// A leader that has lost the checkpoint at the start of its log gives way: only another one can help a follower that
+/// needs it.
+pub(crate) async fn resign(host: &Arc<HostInner>, group: GroupId) {
+    if let Some(place) = host.repairs.place(group) {
+        give_way(host, &place, "the checkpoint at the start of the log here is lost").await;
+    }
+}
+
+/// A leader that cannot give a follower what it needs gives way to a replica that perhaps can, unless it has of late.
+async fn give_way(host: &Arc<HostInner>, place: &Place, why: &str) {
+    let group = place.log.group();
     let running = match host.lock_groups().get(&group) {
         Some(Replica::Running(running)) => running.clone(),
-        _ => return false,
+        _ => return,
     };
     let status = running.status();
     let heir = status.voters.iter().copied().find(|node| *node != host.node && running.is_caught_up(*node));
-    let (true, Some(heir)) = (status.is_leader, heir) else { return false };
-    tracing::warn!(group = group.0, "leadership goes to node {heir}: entries of the log here are damaged");
+    let (true, Some(heir)) = (status.is_leader, heir) else { return };
+    if !place.state().attempts.gives_way(status.term, Instant::now()) {
+        return;
+    }
+    tracing::warn!(group = group.0, "leadership goes to node {heir}: {why}");
     if let Err(error) = running.transfer_leader(heir).await {
         tracing::warn!(group = group.0, %error, "leadership was not handed over");
     }
-    true
 }
 
-/// The entries of `damage`, each from any peer that has it.
-async fn fetch(host: &Arc<HostInner>, log: &Log, damage: &Damage) -> Result<Vec<Batch>, String> {
+/// The entries of `damage`, each from any peer that has it; adds the peers that have purged some to `purged_on`.
+async fn fetch(
+    host: &Arc<HostInner>,
+    log: &Log,
+    damage: &Damage,
+    purged_on: &mut BTreeSet<NodeId>,
+) -> Result<Vec<Batch>, String> {
     let (mut batches, mut size, mut next) = (Vec::new(), 0, damage.first);
     let mut reasons: BTreeMap<u64, String> = BTreeMap::new();
     while next <= damage.last {
         let mut part = Vec::new();
         for node in host.peer_nodes() {
             match ask(host, node, log.group(), next, damage.last).await {
-                Ok(found) if !found.is_empty() => {
-                    part = found;
+                Ok(Found { batches, .. }) if !batches.is_empty() => {
+                    part = batches;
                     break;
+                }
+                Ok(Found { log_first, .. }) if log_first > next => {
+                    purged_on.insert(node);
+                    let reason = format!("node {node} has purged entry {next}, its log begins with entry {log_first}");
+                    reasons.insert(node.0, reason);
                 }
                 Ok(_) => drop(reasons.insert(node.0, format!("node {node} has not got entry {next} to give"))),
                 Err(failure) => drop(reasons.insert(node.0, format!("node {node}: {failure}"))),
@@ -291,6 +395,13 @@ async fn fetch(host: &Arc<HostInner>, log: &Log, damage: &Damage) -> Result<Vec<
     Ok(batches)
 }
 
+/// What a peer has of the entries asked for.
+struct Found {
+    batches: Vec<Batch>,
+    /// First index that it retains; 0 when it did not say.
+    log_first: RaftIndex,
+}
+
 /// Entries from `first` on, as many as the peer likes to give.
 async fn ask(
     host: &Arc<HostInner>,
@@ -298,7 +409,7 @@ async fn ask(
     group: GroupId,
     first: RaftIndex,
     last: RaftIndex,
-) -> Result<Vec<Batch>, Failure> {
+) -> Result<Found, Failure> {
     let message = Message::Entries(wire::EntriesRequest { first: first.0, last: last.0 });
     let frame = PeerFrame { group: group.0, body: Some(message), ..Default::default() };
     let (reply, mut body) = host.peer(node).bulk.call(frame, Body::EMPTY, ENTRIES_PATIENCE).await?;
@@ -311,7 +422,7 @@ async fn ask(
         }
         batches.push(batch);
     }
-    Ok(batches)
+    Ok(Found { batches, log_first: RaftIndex(reply.log_first) })
 }
 
 /// Answers a peer that repairs its log: entries that are committed here and pass their checks.
@@ -328,15 +439,19 @@ pub(crate) async fn answer(host: &HostInner, group: GroupId, request: wire::Entr
     let end = request.last.saturating_add(1).min(committed_end);
     let (first, end) = (RaftIndex(request.first), RaftIndex(end.max(request.first)));
     // Reads the disk: not on a thread that others wait for.
-    let reading = tokio::task::spawn_blocking(move || log.entries(first..end, limits::FETCH_SIZE_MAX));
-    let read = match reading.await.map_err(io::Error::other) {
-        Ok(read) => read.map_err(|error| error.to_string()),
+    let has_threads = log.store_has_threads();
+    let read = match aside(has_threads, move || log.entries(first..end, limits::FETCH_SIZE_MAX)).await {
+        Ok(Ok(batches)) => Ok(batches),
+        // Told apart from damage here: who hears it from a majority looks for these entries no more.
+        Ok(Err(ReadError::Purged { .. })) => Ok(Vec::new()),
+        Ok(Err(error)) => Err(error.to_string()),
         Err(error) => Err(error.to_string()),
     };
     match read {
         Ok(batches) => {
             let entry_count = batches.len() as u32;
-            (Message::EntriesReply(wire::EntriesReply { entry_count }), Body::Batches(batches))
+            let log_first = place.log.purged().map_or(0, |purged| purged.index.0 + 1);
+            (Message::EntriesReply(wire::EntriesReply { entry_count, log_first }), Body::Batches(batches))
         }
         Err(reason) => refuse(format!("entry {first} cannot be read on node {} either: {reason}", host.node)),
     }

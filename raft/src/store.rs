@@ -87,11 +87,7 @@ impl LogStore {
 
     /// The index range that `range` asks for, cut to what the log holds.
     fn clamp(&self, range: &impl RangeBounds<u64>) -> std::ops::Range<RaftIndex> {
-        let start = match range.start_bound() {
-            Bound::Included(start) => *start,
-            Bound::Excluded(start) => start + 1,
-            Bound::Unbounded => 0,
-        };
+        let start = start_of(range).unwrap_or(0);
         let end = match range.end_bound() {
             Bound::Included(end) => end + 1,
             Bound::Excluded(end) => *end,
@@ -103,13 +99,28 @@ impl LogStore {
         RaftIndex(start)..RaftIndex(end.min(next).max(start))
     }
 
-    /// Whether the entry at `position` stands in the log.
-    fn holds(&self, position: LogPosition) -> io::Result<bool> {
-        let found = self.log.entries(position.index..position.index.next(), 0).or_else(|error| match error {
-            ReadError::Purged { .. } => Ok(Vec::new()),
-            other => Err(io::Error::other(other)),
-        })?;
-        Ok(found.first().is_some_and(|batch| batch.header.term == position.term))
+    /// Whether the entry at `position`, which is committed, stands in the log.
+    async fn holds(&self, position: LogPosition) -> io::Result<bool> {
+        let read = || self.log.entries(position.index..position.index.next(), 0);
+        match self.repaired(read(), Some(REPAIR_PATIENCE), read).await {
+            Ok(found) => Ok(found.first().is_some_and(|batch| batch.header.term == position.term)),
+            Err(ReadError::Purged { .. }) => Ok(false),
+            // What is committed here too is the same entry.
+            Err(ReadError::Damaged { .. }) if self.log.committed() >= Some(position) => Ok(true),
+            Err(error) => Err(io::Error::other(error)),
+        }
+    }
+
+    /// What `change` gives, which is made again when damage that is in its way is repaired.
+    async fn cut<F: Future<Output = io::Result<()>>>(&self, change: impl Fn() -> F) -> io::Result<()> {
+        let mut result = change().await;
+        while let Err(error) = &result
+            && let Some(ReadError::Damaged { index, .. }) = error.get_ref().and_then(|error| error.downcast_ref())
+            && self.repairs.repaired(&self.log, *index, Some(REPAIR_PATIENCE)).await
+        {
+            result = change().await;
+        }
+        result
     }
 
     /// Entries from `start`, at most `size_max` bytes of them, at least one.
@@ -150,6 +161,15 @@ impl LogStore {
             read = next;
         }
         read
+    }
+}
+
+/// The first index that `range` names.
+fn start_of(range: &impl RangeBounds<u64>) -> Option<u64> {
+    match range.start_bound() {
+        Bound::Included(start) => Some(*start),
+        Bound::Excluded(start) => Some(start + 1),
+        Bound::Unbounded => None,
     }
 }
 
@@ -202,7 +222,10 @@ impl RaftLogReader<TypeConfig> for LogStore {
         RB: RangeBounds<u64> + Clone + Debug + Send,
     {
         let store = self.clone();
-        let state = (self.clamp(&range), Vec::new().into_iter());
+        let mut entries = self.clamp(&range);
+        // Whoever applies them would pass over those that were purged: refused where they are read.
+        entries.start = start_of(&range).map_or(entries.start, RaftIndex).min(entries.start);
+        let state = (entries, Vec::new().into_iter());
         stream::unfold(state, move |(mut range, mut part)| {
             let store = store.clone();
             async move {
@@ -289,8 +312,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
-        let from = last.map_or(RaftIndex(0), |last| RaftIndex(last.index() + 1));
-        self.log.truncate_from(from).await
+        let last = last.as_ref().map(position);
+        self.cut(|| self.log.truncate_after(last)).await
     }
 
     async fn purge(&mut self, through: LogId) -> Result<(), io::Error> {
@@ -298,15 +321,15 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let installed = self.installed.lock().unwrap_or_else(PoisonError::into_inner).take();
         match installed {
             // Entries that follow the snapshot's position stay: they may be all that a majority has.
-            Some(snapshot) if snapshot.position == through && self.holds(through)? => {
+            Some(snapshot) if snapshot.position == through && self.holds(through).await? => {
                 self.log.save_checkpoint(CheckpointKind::Retention, through, snapshot.checkpoint).await?;
-                self.log.purge_through(through).await
+                self.cut(|| self.log.purge_through(through)).await
             }
             Some(snapshot) if snapshot.position == through => {
                 let checkpoints = vec![(CheckpointKind::Retention, snapshot.checkpoint)];
                 self.log.install(through, snapshot.next_offset, checkpoints).await
             }
-            _ => self.log.purge_through(through).await,
+            _ => self.cut(|| self.log.purge_through(through)).await,
         }
     }
 }

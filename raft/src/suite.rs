@@ -37,8 +37,8 @@ use crate::{
 struct Nothing;
 
 impl StateMachine for Nothing {
-    fn apply(&mut self, _batch: &Batch) -> Bytes {
-        Bytes::new()
+    fn apply(&mut self, _batch: &Batch) -> Result<Bytes, DecodeError> {
+        Ok(Bytes::new())
     }
 
     fn checkpoint(&self) -> Bytes {

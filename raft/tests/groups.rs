@@ -5,8 +5,8 @@ mod support;
 
 use std::{net::Ipv4Addr, path::Path, sync::Arc, time::Duration};
 
-use arqon_proto::{Batch, BatchKind, NodeId, Offset, RaftIndex, TlsIdentity, tls_client, tls_server};
-use arqon_raft::{Applied, Group, OpenError, PeerTls, ProposeError};
+use arqon_proto::{Batch, BatchKind, NodeId, Offset, RaftIndex, ReplicaId, TlsIdentity, tls_client, tls_server};
+use arqon_raft::{Applied, Group, MembersStep, OpenError, PeerTls, ProposeError, WantedMembers};
 use arqon_storage::{Identity, Options, Store};
 use bytes::Bytes;
 use support::{Node, PATIENCE, loopback::own_loopback, open_node};
@@ -421,9 +421,76 @@ async fn a_replica_behind_the_log_start_gets_everything_that_is_retained() {
     }
 }
 
+// A leader with a newer program writes an entry that this node's program does not know. Passed over, it would leave a
+// replica that says it has applied the entry and has a state of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_entry_of_a_newer_program_stops_the_group_and_is_never_passed_over() {
+    let mut cluster = Cluster::start(1).await;
+    let before = cluster.publish(10).await.position.index;
+    let (_, leader) = cluster.leader().await;
+    let newer = Batch::internal(BatchKind::Control, Bytes::from_static(support::NEWER));
+    let proposal = leader.group.propose(leader.group.status().term, newer).await.unwrap();
+    assert!(timeout(PATIENCE, proposal).await.expect("an answer in time").is_err());
+    let told = format!("entry 1-{} cannot be applied: entry is newer than this program", before.0 + 1);
+    let node = cluster.node(1);
+    let mut watch = node.group.watch();
+    let stopped = watch.wait_for(|status| status.stopped.is_some());
+    let reason = timeout(PATIENCE, stopped).await.expect("a stop in time").unwrap().stopped.clone().unwrap();
+    assert!(reason.contains(&told), "{reason}");
+    assert_eq!(node.group.readable().borrow().index, Some(before));
+    cluster.stop(1).await;
+    let bound = listener(&cluster.addresses[0].1).await;
+    let refused = cluster.open(1, bound).await.err().expect("the entry is in the way at a start too").to_string();
+    assert!(refused.contains(&told), "{refused}");
+}
+
 #[test]
 fn control_entries_take_no_offsets() {
     let control = Batch::internal(BatchKind::Control, Bytes::from_static(b"x"));
     assert_eq!(control.header.record_count, 0);
     assert_eq!(control.header.next_offset(), control.header.base_offset);
+}
+
+/// A node that would not be missed yet must not vote: lost and come back empty, it would vote a second time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_may_not_vote_yet_stays_a_learner_however_much_it_has_copied() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.publish(1).await;
+    let (first, _) = cluster.leader().await;
+    let learner = first % 3 + 1;
+    let replica = |node: u64| ReplicaId(100 + node);
+    let wanted = |nodes: &[u64], voters: &[u64]| WantedMembers {
+        replicas: nodes.iter().map(|node| (replica(*node), NodeId(*node))).collect(),
+        eligible: voters.iter().map(|node| replica(*node)).collect(),
+        reachable: (1..=3).map(NodeId).collect(),
+        one_by_one: true,
+    };
+    let others: Vec<u64> = (1..=3).filter(|node| *node != learner).collect();
+    let step = async |wanted: &WantedMembers| loop {
+        let (_, leader) = cluster.leader().await;
+        match leader.group.step_members(wanted).await {
+            Ok(MembersStep::Changed | MembersStep::HandedOver) | Err(_) => {}
+            Ok(step) => return step,
+        }
+    };
+    assert_eq!(step(&wanted(&others, &others)).await, MembersStep::Done);
+    let not_yet = wanted(&[1, 2, 3], &others);
+    let copied = async || loop {
+        match step(&not_yet).await {
+            MembersStep::CatchingUp { behind: 0 } => return,
+            MembersStep::CatchingUp { .. } => tokio::task::yield_now().await,
+            step => panic!("{step:?}"),
+        }
+    };
+    timeout(PATIENCE, copied()).await.expect("the learner copies the log");
+    let last = cluster.publish(2).await;
+    cluster.converge(last.position.index).await;
+    assert!(!cluster.leader().await.1.group.voters().contains_key(&replica(learner)));
+    timeout(PATIENCE, copied()).await.expect("it stays one");
+    let done = async || while step(&wanted(&[1, 2, 3], &[1, 2, 3])).await != MembersStep::Done {};
+    timeout(PATIENCE, done()).await.expect("it votes when it may");
+    assert!(cluster.leader().await.1.group.voters().contains_key(&replica(learner)));
+    for id in 1..=3 {
+        cluster.stop(id).await;
+    }
 }

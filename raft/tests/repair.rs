@@ -10,7 +10,9 @@ use std::{
 
 use arqon_proto::{NodeId, Offset, RaftIndex};
 use arqon_raft::OpenError;
-use arqon_storage::{Disk, DiskSpace, FaultyDisk, Identity, MemoryDisk, Options, ReadError, SpaceState, Store};
+use arqon_storage::{
+    Disk, DiskSpace, FaultyDisk, Identity, MemoryDisk, Operation, Options, ReadError, SpaceState, Store,
+};
 use bytes::Bytes;
 use support::{GROUP, Node, PATIENCE, batch, open_node, payloads};
 use tokio::{net::TcpListener, time::timeout};
@@ -137,6 +139,22 @@ impl Cluster {
         let segments: Vec<_> = names.iter().filter(|name| name.ends_with(".seg")).collect();
         assert!(segments.len() > 2, "{segments:?}");
         format!("{dir}/{}", segments[0])
+    }
+
+    /// The same in the records, in whichever segment the entry stands.
+    fn damage_retained(&self, at: usize, number: usize) {
+        let dir = format!("logs/{GROUP}-{}", 101 + at);
+        let names = self.disks[at].list(&dir).unwrap();
+        let segments = names.iter().filter(|name| name.ends_with(".seg"));
+        let wanted = payload(number);
+        for path in segments.map(|name| format!("{dir}/{name}")) {
+            let mut bytes = self.disks[at].bytes(&path).unwrap();
+            if let Some(found) = bytes.windows(PAYLOAD_SIZE).position(|bytes| bytes == wanted) {
+                bytes[found + 77] ^= 8;
+                return self.disks[at].set_bytes(&path, &bytes).unwrap();
+            }
+        }
+        panic!("payload {number} is in no segment of {dir}");
     }
 
     /// Flips a bit of the header or the records of the entry with that payload.
@@ -335,6 +353,79 @@ async fn a_leader_repairs_what_a_follower_lacks() {
     cluster.stop(&[0, 1, 2]).await;
 }
 
+/// The story: a follower was away, and what it lacks is damaged on the leader; the third replica has not got it to
+/// give either. Perhaps it can read more as a leader, so leadership goes there; but it does not go round for ever, and
+/// writes go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_cannot_read_what_a_follower_lacks_gives_way() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..1).await;
+    let other = cluster.leader().await;
+    let (away, leader) = ((other + 1) % 3, (other + 2) % 3);
+    cluster.stop(&[away]).await;
+    cluster.publish(1..COUNT).await;
+    cluster.damage(other, 7, false);
+    cluster.damage(leader, 7, false);
+    // Whoever leads already may have read what it sends next; who begins to has to read it.
+    cluster.node(other).group.transfer_leader(NodeId(leader as u64 + 1)).await.unwrap();
+    let mut watch = cluster.node(leader).group.watch();
+    let leads = watch.wait_for(|status| status.ready);
+    let term = timeout(PATIENCE, leads).await.expect("it leads").unwrap().term;
+    // The leader meets the damage when the follower is back and asks for what it lacks, and gives way; so does the other
+    // replica, as the follower cannot be elected. Whoever leads again keeps leadership, whatever comes of further attempts.
+    cluster.restart(&[away]).await;
+    let leads_again = watch.wait_for(|status| status.ready && status.term > term);
+    let leads_again =
+        timeout(PATIENCE, leads_again).await.expect("leadership goes to the other replica and comes back");
+    let term = leads_again.unwrap().term;
+    let summary = || cluster.node(leader).host.damage_summary().remove(0);
+    assert!(summary().problem.is_some(), "{:?}", summary());
+    let before = summary().failed_count;
+    let tried = async {
+        while summary().failed_count < before + 2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, tried).await.expect("it goes on trying");
+    let status = cluster.node(leader).group.status();
+    assert!(status.ready && status.term == term, "leadership goes round: {term:?}, then {status:?}");
+    cluster.stop(&[away]).await;
+    cluster.publish(COUNT..COUNT + 3).await;
+    for at in [leader, other] {
+        assert_eq!(read(cluster.node(at), COUNT + 2).unwrap(), payload(COUNT + 2));
+        assert_eq!(cluster.node(at).group.stopped(), None);
+    }
+    cluster.stop(&[leader, other]).await;
+}
+
+/// The story: a leader whose disk has become slow hands over, as a node does with all that it leads. Entries wait for
+/// that disk all the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_hands_over_while_entries_wait_for_its_slow_disk() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..1).await;
+    let leader = cluster.leader().await;
+    let heir = (leader + 1) % 3;
+    let disk = cluster.seen.lock().unwrap()[leader].clone().unwrap();
+    disk.delay(Operation::Sync, 700);
+    let group = cluster.node(leader).group.clone();
+    let term = group.status().term;
+    for number in 1..10 {
+        let proposal = group.propose(term, batch(payload(number))).await.unwrap();
+        timeout(PATIENCE, proposal).await.expect("the others commit").unwrap();
+    }
+    group.transfer_leader(NodeId(heir as u64 + 1)).await.unwrap();
+    let mut watch = cluster.node(heir).group.watch();
+    let leads = watch.wait_for(|status| status.is_leader);
+    timeout(PATIENCE, leads).await.expect("the heir leads").unwrap();
+    disk.delay(Operation::Sync, 0);
+    let mut watch = group.watch();
+    let follows = watch.wait_for(|status| !status.is_leader);
+    timeout(PATIENCE, follows).await.expect("the old leader follows").unwrap();
+    cluster.publish(10..12).await;
+    cluster.stop(&[0, 1, 2]).await;
+}
+
 /// The story: the disks of both followers fill. They refuse data before openraft sees it, so nobody
 /// fails; what the leader has waits, and is committed when there is space again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -406,6 +497,145 @@ async fn a_damaged_checkpoint_is_made_again_from_the_log_or_quarantines() {
     let listener = cluster.listeners(&[at]).await.remove(0).1;
     let error = cluster.try_open(at, listener).await.err().expect("it must not open");
     assert!(matches!(&error, OpenError::Quarantined { reason, .. } if reason.contains("checkpoint")), "{error}");
+}
+
+/// Trims a replica at the newest segment boundary at or before `index`.
+async fn trim(node: &Node, index: u64) -> std::io::Result<()> {
+    let through = node.group.log().last_segment_boundary(RaftIndex(index)).unwrap();
+    node.group.trim(through).await?;
+    timeout(PATIENCE, node.group.trimmed(through)).await.expect("trimmed");
+    Ok(())
+}
+
+/// Waits until a node says that its replica may not run any more, and why.
+async fn given_up(node: &Node) -> String {
+    let given_up = async {
+        loop {
+            if let Some((_, reason)) = node.host.quarantined().into_iter().find(|(group, _)| *group == GROUP) {
+                return reason;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let given_up = timeout(PATIENCE, given_up).await;
+    given_up.unwrap_or_else(|_| panic!("it goes on: {:?}", node.host.damage_summary()))
+}
+
+/// The story: nobody has read the entry since it went bad, until the log start passes it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_that_is_met_by_a_trim_is_repaired_first() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..COUNT).await;
+    cluster.damage(0, 4, false);
+    cluster.damage(0, 7, true);
+    trim(cluster.node(0), 40).await.unwrap();
+    assert!(cluster.node(0).group.log().log_start() > Offset(8));
+    for at in [1, 2] {
+        trim(cluster.node(at), 40).await.unwrap();
+    }
+    cluster.publish(COUNT..COUNT + 2).await;
+    for at in 0..3 {
+        assert_eq!(cluster.node(at).group.stopped(), None);
+    }
+    cluster.stop(&[0, 1, 2]).await;
+}
+
+/// The story: the others have dropped the entry already. One of them that still has it is enough; when both
+/// have not, the replica can neither be trimmed nor repaired, and makes room for a copy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_needs_what_a_majority_has_purged_is_given_up() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..COUNT).await;
+    let leader = cluster.leader().await;
+    let [at, second, third] = [(leader + 1) % 3, (leader + 2) % 3, leader];
+    trim(cluster.node(second), 40).await.unwrap();
+    cluster.damage(at, 4, false);
+    trim(cluster.node(at), 20).await.unwrap();
+    trim(cluster.node(third), 40).await.unwrap();
+    cluster.publish(COUNT..COUNT + 1).await;
+    assert_eq!(cluster.node(at).host.quarantined(), []);
+
+    // It is lost here, and nobody needs it: the replica goes on.
+    let start = cluster.node(at).group.log().log_start().0 as usize;
+    cluster.damage_retained(at, start + 1);
+    assert!(matches!(read(cluster.node(at), start + 1), Err(ReadError::Damaged { .. })));
+    let told = async {
+        while !cluster.node(at).host.damage_summary().iter().any(|one| one.problem.is_some()) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, told).await.expect("the operator is told");
+    assert_eq!(cluster.node(at).host.quarantined(), []);
+    let group = cluster.node(at).group.clone();
+    assert!(trim(cluster.node(at), 40).await.is_err());
+    let reason = given_up(cluster.node(at)).await;
+    assert!(reason.contains("a majority has purged"), "{reason}");
+    let stopped = async {
+        while group.stopped().is_none() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, stopped).await.expect("it takes no part any more");
+    drop(group);
+    // The others are a majority.
+    cluster.stop(&[at]).await;
+    cluster.publish(COUNT + 1..COUNT + 3).await;
+    cluster.stop(&[second, third]).await;
+}
+
+/// The story: a replica was away while the others trimmed their logs. What it has to apply again is damaged,
+/// and nobody has it any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_cannot_apply_what_a_majority_has_purged_is_given_up() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..COUNT).await;
+    let at = (cluster.leader().await + 1) % 3;
+    cluster.stop(&[at]).await;
+    cluster.damage(at, 4, false);
+    for other in (0..3).filter(|other| *other != at) {
+        trim(cluster.node(other), 40).await.unwrap();
+    }
+    cluster.disks[at] = MemoryDisk::copy_of(&cluster.disks[at]);
+    let listener = cluster.listeners(&[at]).await.remove(0).1;
+    let error = cluster.try_open(at, listener).await.err().expect("it must not open");
+    let OpenError::Quarantined { reason, .. } = &error else { panic!("{error}") };
+    assert!(reason.contains("a majority has purged"), "{reason}");
+    cluster.publish(COUNT..COUNT + 2).await;
+    cluster.stop(&[0, 1, 2].into_iter().filter(|other| *other != at).collect::<Vec<_>>()).await;
+}
+
+/// The story: a leader has lost the checkpoint at its log start, and a follower needs it. Nothing ends; the
+/// follower gets it from another leader.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_without_its_checkpoint_gives_way_to_one_that_has_it() {
+    let mut cluster = Cluster::start().await;
+    cluster.publish(0..1).await;
+    let leader = cluster.leader().await;
+    let [away, heir] = [(leader + 1) % 3, (leader + 2) % 3];
+    cluster.stop(&[away]).await;
+    cluster.publish(1..COUNT).await;
+    for at in [leader, heir] {
+        trim(cluster.node(at), 40).await.unwrap();
+    }
+    let dir = format!("logs/{GROUP}-{}", 101 + leader);
+    let names = cluster.disks[leader].list(&dir).unwrap();
+    let checkpoints: Vec<_> = names.iter().filter(|name| name.starts_with("checkpoint")).collect();
+    assert!(!checkpoints.is_empty(), "{names:?}");
+    for name in checkpoints {
+        let path = format!("{dir}/{name}");
+        let bytes = cluster.disks[leader].bytes(&path).unwrap();
+        cluster.disks[leader].set_bytes(&path, &bytes[..bytes.len() / 2]).unwrap();
+    }
+    cluster.restart(&[away]).await;
+    let mut readable = cluster.node(away).group.readable();
+    let caught_up = readable.wait_for(|readable| readable.index >= Some(RaftIndex(COUNT as u64)));
+    timeout(PATIENCE, caught_up).await.expect("the follower gets the state").unwrap();
+    for at in 0..3 {
+        assert_eq!(cluster.node(at).group.stopped(), None);
+    }
+    assert_eq!(cluster.leader().await, heir);
+    cluster.publish(COUNT..COUNT + 2).await;
+    cluster.stop(&[0, 1, 2]).await;
 }
 
 /// Nothing that is not committed is given away, and nothing that was never asked for is believed.

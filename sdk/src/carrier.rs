@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use arqon_proto::{FrameBuffer, decode_frame, encode_frame, limits, wire};
+use arqon_proto::{CLIENT_VERSIONS, FrameBuffer, decode_frame, encode_frame, limits, wire};
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{
     SinkExt, StreamExt,
@@ -189,7 +189,8 @@ pub(crate) async fn dial(
             Address::WebSocket(url) => open_websocket(url, options, tls).await?,
         };
         let hello = wire::Hello {
-            version: 1,
+            version: CLIENT_VERSIONS.min(),
+            version_max: CLIENT_VERSIONS.max(),
             // On WebSocket the token came with the handshake.
             token: if address.is_websocket() { String::new() } else { options.token.clone() },
             client: options.client_name.clone(),
@@ -203,7 +204,8 @@ pub(crate) async fn dial(
         let (answer, _) = decode_frame::<wire::Frame>(answer)
             .map_err(|source| Error::BadData { server: address.to_string(), source })?;
         match answer.body {
-            Some(Body::Welcome(welcome)) => Ok((reader, writer, welcome)),
+            Some(Body::Welcome(welcome)) if CLIENT_VERSIONS.contains(welcome.version) => Ok((reader, writer, welcome)),
+            Some(Body::Welcome(welcome)) => Err(no_common_version(welcome.version)),
             Some(Body::Error(error)) => Err(error.into()),
             _ => Err(Error::unexpected(address.as_str())),
         }
@@ -211,6 +213,12 @@ pub(crate) async fn dial(
     timeout(options.connect_timeout, attempt)
         .await
         .unwrap_or_else(|_| Err(unreachable(format!("no handshake within {}", seconds(options.connect_timeout)))))
+}
+
+/// A server that takes a version which this client did not offer.
+fn no_common_version(version: u32) -> Error {
+    let message = format!("the server speaks version {version}, this client speaks {CLIENT_VERSIONS}");
+    Error::server(ErrorCode::UnsupportedVersion, message)
 }
 
 fn seconds(time: Duration) -> String {

@@ -31,6 +31,8 @@ pub const SPARE_SIZE_MAX: usize = 2 << 20;
 pub const EAGER_DEPTH: usize = 2;
 /// Batches that a producer may have under way before all further ones linger.
 pub const EAGER_COUNT_MAX: usize = 5;
+/// Time for a connection to one of several servers that may know better who leads.
+pub const OTHER_DIAL_TIME_MAX: Duration = Duration::from_millis(500);
 /// Time-outs of batches are looked for this often.
 pub const TICK_MAX: Duration = Duration::from_millis(250);
 /// Longest linger of a producer.

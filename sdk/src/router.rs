@@ -12,7 +12,7 @@ use arqon_proto::wire;
 use bytes::Bytes;
 use tokio::{
     sync::OnceCell,
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_rustls::TlsConnector;
 use wire::{ErrorCode, frame::Body};
@@ -152,7 +152,7 @@ impl Router {
     /// What a server said to refuse the client, else [`Error::Unreachable`] naming all.
     pub(crate) async fn any(&self) -> Result<Arc<Connection>, Error> {
         let start = self.preferred.load(Ordering::Relaxed);
-        let in_order = || (0..self.seeds.len()).map(move |step| (start + step) % self.seeds.len());
+        let in_order = || (0..self.seeds.len()).map(move |step| start.wrapping_add(step) % self.seeds.len());
         let open = {
             let connections = lock(&self.connections);
             let alive = |cell: &Arc<OnceCell<Arc<Connection>>>| cell.get().filter(|c| c.is_alive()).cloned();
@@ -197,6 +197,7 @@ impl Router {
                 Ok(Err(error)) => error,
                 Err(_) => return Err(timed_out(&what, "no answer")),
             };
+            self.preferred.fetch_add(1, Ordering::Relaxed);
             let pause = backoff.after(&error);
             if Instant::now() + pause >= deadline {
                 return Err(timed_out(&what, &error.to_string()));
@@ -205,35 +206,56 @@ impl Router {
         }
     }
 
+    /// Asks one server after the other until one knows the topic and who leads all of it; gives the answer that
+    /// knows most. A node that is cut off from the others, or whose disk has failed it, knows of no leader, or of one
+    /// that is none any more.
     async fn ask_description(&self, topic: &str) -> Result<Arc<wire::TopicDescription>, Error> {
         let body = Body::DescribeTopic(wire::DescribeTopic { topic: topic.to_owned() });
-        let deadline = Instant::now() + self.options.attempt_timeout;
-        let mut connection = self.any().await?;
+        // One that hangs leaves time for the others.
+        let patience = self.options.attempt_timeout / self.seeds.len() as u32;
+        let preferred = &self.seeds[self.preferred.load(Ordering::Relaxed) % self.seeds.len()];
+        let first = match self.connection_soon(preferred).await {
+            Some(connection) => connection,
+            None => self.any().await?,
+        };
         let mut others = self.seeds.iter();
-        let mut unknown = None;
-        loop {
-            let error = match connection.exchange(body.clone(), &[], deadline).await? {
-                (Body::TopicDescription(description), _) => return Ok(Arc::new(description)),
-                (Body::Error(error), _) => Error::from(error),
-                _ => return Err(Error::unexpected(connection.address().as_str())),
-            };
-            // A topic made a moment ago may not have come to every node yet, and a node that starts
-            // knows none: one that knows it is right.
-            match error.code() {
-                _ if self.is_websocket() => return Err(error),
-                Some(ErrorCode::TargetNotFound) => unknown = Some(error.clone()),
-                Some(ErrorCode::Overloaded) => {}
-                _ => return Err(error),
-            }
-            connection = loop {
-                let Some(address) = others.next() else { return Err(unknown.unwrap_or(error)) };
-                if address != connection.address()
-                    && let Ok(other) = self.connection(address).await
-                {
-                    break other;
+        let (mut next, mut best, mut refusal) = (Some(first), None, None);
+        while let Some(connection) = next.take() {
+            match describe_at(&connection, &body, Instant::now() + patience).await {
+                Ok(description) if self.is_websocket() || leaderless_count(&description) == 0 => {
+                    return Ok(Arc::new(description));
                 }
-            };
+                Ok(description) => {
+                    let count = leaderless_count(&description);
+                    if best.as_ref().is_none_or(|best| count < leaderless_count(best)) {
+                        best = Some(description);
+                    }
+                }
+                Err(error) => {
+                    // A topic made a moment ago may not have come to every node yet, and a node that starts
+                    // knows none: one that knows it is right.
+                    let is_unknown = error.code() == Some(ErrorCode::TargetNotFound);
+                    if best.is_none() && (self.is_websocket() || judge(&error) == Verdict::Final && !is_unknown) {
+                        return Err(error);
+                    }
+                    if refusal.is_none() || is_unknown {
+                        refusal = Some(error);
+                    }
+                }
+            }
+            for address in others.by_ref().filter(|address| *address != connection.address()) {
+                next = self.connection_soon(address).await;
+                if next.is_some() {
+                    break;
+                }
+            }
         }
+        best.map(Arc::new).ok_or_else(|| refusal.unwrap_or_else(|| unreachable(Vec::new())))
+    }
+
+    /// A connection to `address` if there is one or it comes soon: others can be asked instead.
+    async fn connection_soon(&self, address: &Address) -> Option<Arc<Connection>> {
+        timeout(limits::OTHER_DIAL_TIME_MAX, self.connection(address)).await.ok()?.ok()
     }
 
     fn topic_slot(&self, topic: &str) -> Arc<TopicSlot> {
@@ -322,6 +344,8 @@ impl Router {
             && !matches!(error.code(), Some(ErrorCode::Overloaded | ErrorCode::RateLimitExceeded))
         {
             self.forget_topic(topic);
+            // Who described it may know no better than last time.
+            self.preferred.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -380,6 +404,19 @@ impl Patience {
     pub(crate) fn safe(wait_ms: u32) -> Self {
         Self { wait: std::time::Duration::from_millis(u64::from(wait_ms)), safe: true }
     }
+}
+
+async fn describe_at(connection: &Connection, body: &Body, deadline: Instant) -> Result<wire::TopicDescription, Error> {
+    match connection.exchange(body.clone(), &[], deadline).await? {
+        (Body::TopicDescription(description), _) => Ok(description),
+        (Body::Error(error), _) => Err(error.into()),
+        _ => Err(Error::unexpected(connection.address().as_str())),
+    }
+}
+
+/// Partitions whose leader a description does not name.
+fn leaderless_count(description: &wire::TopicDescription) -> usize {
+    description.partitions.iter().filter(|partition| partition.leader_address.is_empty()).count()
 }
 
 pub(crate) fn timed_out(what: &str, reason: &str) -> Error {

@@ -298,6 +298,26 @@ async fn a_node_that_cannot_describe_a_topic_yet_is_passed_over_or_waited_for() 
     assert_eq!(client.describe_topic("nope").await.unwrap_err().code(), Some(ErrorCode::TargetNotFound));
 }
 
+/// The story: the disk of a node failed it, or its network. Clients could still reach it and went by what it said of
+/// the leaders, for as long as it was there: that there were none, or one that was gone.
+#[tokio::test]
+async fn a_node_that_is_cut_off_does_not_keep_its_clients_from_the_leader() {
+    let (mut bus, _) = bus("t", 1, 3).await;
+    bus.lead("t", 0, 1);
+    bus.kill(2).await;
+    for (round, believed) in [None, Some(2)].into_iter().enumerate() {
+        bus.state().cut_off.insert(0, believed);
+        // Which server a client asks first is left to chance.
+        for client in 0..8 {
+            let client_options = Options { request_timeout: Duration::from_secs(5), ..options(bus.servers()) };
+            let producer = Client::connect(client_options).await.unwrap();
+            let producer = producer.producer("t", ProducerOptions::default()).await.unwrap();
+            let published = producer.publish(NewEvent::new("x")).await.unwrap();
+            assert_eq!(published.offset, round as u64 * 8 + client);
+        }
+    }
+}
+
 #[tokio::test]
 async fn without_an_id_a_produce_of_unknown_outcome_is_not_sent_again() {
     let (bus, client) = bus("t", 1, 1).await;

@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use arqon_proto::{DecodeError, Session, decode_frame, encode_frame, limits, wire};
+use arqon_proto::{CLIENT_VERSIONS, DecodeError, Session, decode_frame, encode_frame, limits, wire};
 use bytes::{Bytes, BytesMut};
 use futures_util::{
     SinkExt, StreamExt,
@@ -16,18 +16,17 @@ use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{self, Message},
 };
-use wire::{ErrorCode, frame::Body};
+use wire::frame::Body;
 
 use crate::{
     close::Close,
-    requests::{Requests, answer_frame, error},
+    requests::{Requests, answer_frame},
     server::{Shared, now_seconds},
     tls::Stream,
 };
 
 type Socket = WebSocketStream<Box<dyn Stream>>;
 
-const PROTOCOL_VERSION: u32 = 1;
 /// Answers that wait for the writer.
 const ANSWER_COUNT_MAX: usize = 256;
 /// The writer flushes after so many bytes at the latest.
@@ -112,12 +111,12 @@ impl Reader {
 
     async fn serve(&mut self, token: String, session: Session) -> Result<Infallible, End> {
         let handshake = self.shared.config.limits.handshake();
-        let hello = timeout(handshake, self.hello()).await.unwrap_or(Err(End::Close(Close::Silent)))?;
+        let (hello, version) = timeout(handshake, self.hello()).await.unwrap_or(Err(End::Close(Close::Silent)))?;
         let tenant = session.tenant.clone();
         let mut requests =
             Requests::new(self.shared.clone(), token, session, &hello, self.out.clone()).map_err(|_| End::Gone)?;
         let welcome = wire::Welcome {
-            version: PROTOCOL_VERSION,
+            version,
             cluster: String::new(),
             node: 0,
             tenant,
@@ -134,16 +133,16 @@ impl Reader {
         }
     }
 
-    async fn hello(&mut self) -> Result<wire::Hello, End> {
+    async fn hello(&mut self) -> Result<(wire::Hello, u32), End> {
         let (frame, _) = self.frame().await?;
         let Some(Body::Hello(hello)) = frame.body else { return Err(End::Close(Close::NotAFrame)) };
-        if hello.version != PROTOCOL_VERSION {
-            let message = format!("protocol version {} is not spoken here, use {PROTOCOL_VERSION}", hello.version);
-            let refused = error(ErrorCode::UnsupportedVersion, message, "version");
-            self.say(frame.request_id, Body::Error(refused)).await?;
-            return Err(End::Close(Close::NotAFrame));
+        match CLIENT_VERSIONS.greet(&hello) {
+            Ok(version) => Ok((hello, version)),
+            Err(refused) => {
+                self.say(frame.request_id, Body::Error(refused)).await?;
+                Err(End::Close(Close::NotAFrame))
+            }
         }
-        Ok(hello)
     }
 
     async fn say(&self, request_id: u64, body: Body) -> Result<(), End> {

@@ -17,8 +17,8 @@ use std::{
 };
 
 use arqon_proto::{
-    Batch, GroupId, LeaseKey, NodeId, OPERATOR_TOPIC, SYSTEM_TENANT, Session, Verb, Verifier, decode_frame,
-    encode_frame, wire,
+    Batch, GroupId, LeaseKey, NodeId, OPERATOR_TOPIC, PEER_VERSIONS, SYSTEM_TENANT, Session, Verb, Verifier,
+    decode_frame, encode_frame, wire,
 };
 use arqon_raft::{ForwardError, Host};
 use arqon_storage::Store;
@@ -32,7 +32,8 @@ use tokio::{
 use wire::{ErrorCode, frame::Body};
 
 use crate::{
-    error::{error, not_found, not_leader, starting},
+    error::{error, malformed, not_found, not_leader, starting},
+    groups::FORGET_GROUP_KIND,
     health::{HEALTH_KIND, Health},
     join::{REJOIN_KIND, WHO_KIND, WHO_LEADER_KIND},
     members::{LostReplica, Progress, TRANSFER_KIND},
@@ -87,12 +88,20 @@ pub(crate) struct Report {
     /// Its disk is slow, and others should lead.
     #[prost(bool, tag = "8")]
     pub slow: bool,
+    /// Version of its program.
+    #[prost(string, tag = "9")]
+    pub program: String,
+    /// The highest version of the peer protocol that it speaks; 0: it does not tell.
+    #[prost(uint32, tag = "10")]
+    pub peer_version_max: u32,
 }
 
 /// The shared part of a node.
 pub(crate) struct Broker {
     pub node: NodeId,
     pub cluster: String,
+    /// Version of the program that runs the node.
+    pub program: String,
     /// The nodes that this one's configuration names, by number.
     pub configured: Vec<wire::NodeInfo>,
     pub host: Host,
@@ -221,7 +230,8 @@ impl Broker {
     /// Creates a topic and waits until its partitions can be written to.
     ///
     /// # Errors
-    /// What the metadata refuses. A topic whose leaders are late is no error.
+    /// What the metadata refuses; UNKNOWN_OUTCOME where the topic was made and this node does not see it. A topic
+    /// whose leaders are late is no error.
     pub(crate) async fn create_topic(&self, config: wire::TopicConfig) -> Result<Arc<Topic>, wire::Error> {
         let (tenant, name) = (config.tenant.clone(), config.name.clone());
         let request_id = Bytes::copy_from_slice(uuid::Uuid::now_v7().as_bytes());
@@ -234,7 +244,14 @@ impl Broker {
             self.wait_for_leaders(&tenant, &name).await;
         };
         timeout(LEADERS_PATIENCE, created).await.ok();
-        self.topic_of(&tenant, &name)
+        self.topic_of(&tenant, &name).map_err(|refused| match refused.code() {
+            ErrorCode::TargetNotFound => {
+                let message =
+                    format!("topic {name:?} was made; this node is behind and does not see it, or it is gone");
+                error(ErrorCode::UnknownOutcome, message)
+            }
+            _ => refused,
+        })
     }
 
     /// Deletes a topic.
@@ -272,6 +289,13 @@ impl Broker {
         (!self.replicas.complete(&published.state)).then(|| "replicas are being opened".to_owned())
     }
 
+    /// A log here that a failed write or sync has closed until this node starts again: one line. What stops a replica
+    /// otherwise would stop it once more.
+    pub(crate) fn closed(&self) -> Option<String> {
+        let metadata = self.metadata.group().closed().map(|reason| format!("the metadata group: {reason}"));
+        metadata.or_else(|| self.replicas.closed())
+    }
+
     // Until every partition of the topic and of those made with it has a leader, and every
     // node that answers knows the topic, so that clients may go to any of them.
     pub(crate) async fn wait_for_leaders(&self, tenant: &str, name: &str) {
@@ -302,6 +326,9 @@ impl Broker {
 
     fn problems(&self) -> Vec<String> {
         let mut problems = [self.replicas.problems(), self.replicas.damage(), self.health.problems()].concat();
+        if let Some(reason) = self.metadata.group().status().stopped {
+            problems.push(format!("the metadata group has stopped: {reason}"));
+        }
         if self.slow.load(Ordering::Relaxed) {
             problems.push("the disk takes over 500 ms for a flush; other nodes lead".to_owned());
         }
@@ -322,6 +349,8 @@ impl Broker {
             quarantined: self.replicas.quarantined(),
             moves: self.moves.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect(),
             slow: self.slow.load(Ordering::Relaxed),
+            program: self.program.clone(),
+            peer_version_max: PEER_VERSIONS.max(),
         }
     }
 
@@ -420,6 +449,7 @@ impl Broker {
             HEALTH_KIND => Ok(self.health.pulse().encode_to_vec().into()),
             STATUS_KIND => self.handle_status(body),
             TRIM_KIND => self.handle_trim(body).await,
+            FORGET_GROUP_KIND => self.handle_forget_group(body).await,
             other => Err(format!("this node does not know requests of the kind {other:?}")),
         }
     }
@@ -475,16 +505,23 @@ impl Broker {
             return self.local_partition(topic, request.partition)?.produce(request.clone(), batch.clone()).await;
         }
         let body = encode_produce(tenant, request, batch)?;
-        let answer = self.host.forward(leader, PRODUCE_KIND, body).await.map_err(|failure| match failure {
-            ForwardError::Refused(reason) => error(ErrorCode::NotLeader, reason),
-            ForwardError::Unreachable { .. } => error(ErrorCode::UnknownOutcome, failure.to_string()),
-        })?;
-        let malformed = || error(ErrorCode::UnknownOutcome, format!("the answer of node {leader} is malformed"));
-        match decode_frame::<wire::Frame>(answer).map_err(|_| malformed())?.0.body {
+        let answer = self.forward(leader, PRODUCE_KIND, body).await?;
+        match decode_frame::<wire::Frame>(answer).map_err(|_| malformed(leader))?.0.body {
             Some(Body::Produced(produced)) => Ok(produced),
             Some(Body::Error(refused)) => Err(refused),
-            _ => Err(malformed()),
+            _ => Err(malformed(leader)),
         }
+    }
+
+    /// What `leader` answers under `kind`.
+    ///
+    /// # Errors
+    /// NOT_LEADER when it refuses; UNKNOWN_OUTCOME when it cannot be reached.
+    pub(crate) async fn forward(&self, leader: NodeId, kind: &str, body: Bytes) -> Result<Bytes, wire::Error> {
+        self.host.forward(leader, kind, body).await.map_err(|failure| match failure {
+            ForwardError::Refused(reason) => error(ErrorCode::NotLeader, reason),
+            ForwardError::Unreachable { .. } => error(ErrorCode::UnknownOutcome, failure.to_string()),
+        })
     }
 }
 

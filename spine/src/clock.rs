@@ -2,7 +2,7 @@
 //!
 //! | clocks known, own included | the own one is wrong when |
 //! |---|---|
-//! | three or more | it is over 5 s from their median |
+//! | three or more | it is over 5 s from their median; of an even number, from both in the middle |
 //! | two | it is over 5 s from the other, and moved over 5 s against the monotonic clock |
 //! | none but the own | it moved over 5 s against the monotonic clock, for ten minutes after that |
 //!
@@ -75,8 +75,18 @@ fn judge(moved_ms: i64, mut others_ms: Vec<i64>) -> Judgement {
         }
         all => {
             let middle = all.len() / 2;
-            let median = if all.len() % 2 == 1 { all[middle] } else { i64::midpoint(all[middle - 1], all[middle]) };
-            Judgement { is_off: is_large(median), correction_ms: median, is_confirmed: !is_large(median) }
+            if all.len() % 2 == 1 {
+                let median = all[middle];
+                return Judgement { is_off: is_large(median), correction_ms: median, is_confirmed: !is_large(median) };
+            }
+            // Where the clocks fall into two equal halves, nobody can say which half is wrong: neither is, or all
+            // nodes would stop leading.
+            let (low, high) = (all[middle - 1], all[middle]);
+            Judgement {
+                is_off: is_large(low) && is_large(high),
+                correction_ms: i64::midpoint(low, high),
+                is_confirmed: !is_large(low) && !is_large(high),
+            }
         }
     }
 }
@@ -133,11 +143,24 @@ mod tests {
             (0, vec![5_001, 5_001], true, 5_001),
             (60_000, vec![3, -4], false, 0),
             (0, vec![-9_000, 9_000, -9_000, 10, 20], false, 5),
-            (0, vec![i64::MAX, i64::MAX, i64::MIN], true, i64::MAX / 2),
+            (0, vec![i64::MAX, i64::MAX, i64::MIN], false, i64::MAX / 2),
+            (0, vec![i64::MAX, i64::MAX, 6_000], true, i64::MAX / 2 + 3_000),
         ] {
             let judgement = judge(moved_ms, others_ms.clone());
             assert_eq!((judgement.is_off, judgement.correction_ms), (is_off, correction_ms), "{others_ms:?}");
         }
+    }
+
+    #[test]
+    fn of_two_equal_halves_neither_is_wrong() {
+        // Both nodes of each half judge so: leaders go on, whichever half is right.
+        for others_ms in [vec![0, 60_000, 60_000], vec![0, -60_000, -60_000], vec![1, -2, 60_000, 60_001, 60_002]] {
+            let judgement = judge(0, others_ms.clone());
+            assert!(!judgement.is_off && !judgement.is_confirmed, "{others_ms:?}");
+        }
+        let judgement = judge(0, vec![60_000, 60_002, 60_004]);
+        assert_eq!((judgement.is_off, judgement.correction_ms), (true, 60_001), "a clock alone against three is wrong");
+        assert!(judge(0, vec![1, 2, 60_000]).is_confirmed);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! data = "data/node-1"                  # relative paths: from the folder of this file
 //! cluster_secret_file = "cluster.secret"
 //! threads = 2                           # of the node's runtime; as many as there are cores by default
+//! bootstrap = false                     # true: with an empty data directory this node forms a cluster of itself
 //!
 //! [listen]                              # the defaults; port 0 takes a free one
 //! client = "127.0.0.1:7700"
@@ -13,7 +14,7 @@
 //! control = "127.0.0.1:7705"
 //! admin = "127.0.0.1:7720"
 //!
-//! [[peers]]                             # every node, this one too; none for a single node
+//! [[peers]]                             # every node, this one too; none for a single node, with bootstrap = true
 //! node = 1
 //! client = "127.0.0.1:7700"             # addresses under which others reach it
 //! peer = "127.0.0.1:7701"
@@ -24,6 +25,12 @@
 //! [[auth.keys]]
 //! algorithm = "EdDSA"
 //! public_key_file = "token.pub.pem"
+//!
+//! [storage]                             # the defaults
+//! backend = "auto"                      # io_uring where it is allowed; "uring", "plain"
+//! reserve_bytes = 536870912             # with less free on the disk no new data is taken
+//! reserve_percent_max = 5               # ... but the reserve is this share of a smaller disk
+//! scrub_bytes_per_second = 4194304      # read to find damage; 0 for none
 //!
 //! [tls]                                 # optional: TLS on the client, peer and control ports
 //! certificate_file = "node.pem"
@@ -38,7 +45,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use arqon_proto::{AUDIENCE_DEFAULT, NodeId, TokenAlgorithm, TokenKey, Verifier, check_tenant, wire};
+use arqon_proto::{AUDIENCE_DEFAULT, NodeId, TokenAlgorithm, TokenKey, Verifier, check_tenant, limits, planted, wire};
+use arqon_storage::Options;
 use serde::{Deserialize, Serialize};
 
 use crate::tls::Tls;
@@ -91,6 +99,13 @@ pub struct Config {
     /// without TLS.
     #[serde(default)]
     pub dev: bool,
+    /// Lets this node, when its data directory is empty, form a cluster of itself alone. Without it such a
+    /// node does not start: it may be one of a cluster that has lost its disk.
+    #[serde(default)]
+    pub bootstrap: bool,
+    /// Version of the program that starts the node, as the cluster's status and the metrics tell it. Not in the file.
+    #[serde(skip)]
+    pub program: String,
     /// Threads that serve sockets and groups, for the program that starts the node; one for each
     /// core when it is missing. Fewer are cheaper where nodes share a machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -183,12 +198,51 @@ pub struct AuthKey {
     pub public_key_file: PathBuf,
 }
 
-/// How the log is written.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// How the log is written, and what is left of the disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Storage {
     /// `auto`, `uring` or `plain`.
     pub backend: Backend,
+    /// With fewer bytes free on the disk the node takes no new data, at least 64 MiB.
+    pub reserve_bytes: u64,
+    /// The reserve is this share of the disk at most, in percent of its size, from 1 to 100.
+    pub reserve_percent_max: u64,
+    /// Bytes per second that are read to find damage, of all logs together; 0 for none.
+    pub scrub_bytes_per_second: u64,
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Self {
+            backend: Backend::default(),
+            reserve_bytes: limits::DISK_RESERVE_SIZE_MAX,
+            reserve_percent_max: limits::DISK_RESERVE_PERCENT_MAX,
+            scrub_bytes_per_second: limits::SCRUB_RATE_MAX,
+        }
+    }
+}
+
+impl Storage {
+    /// What the store is told.
+    #[must_use]
+    pub fn options(&self) -> Options {
+        let mut options = Options {
+            backend: match self.backend {
+                Backend::Auto => arqon_storage::Backend::Auto,
+                Backend::Uring => arqon_storage::Backend::Uring,
+                Backend::Plain => arqon_storage::Backend::Plain,
+            },
+            reserve_size_max: self.reserve_bytes,
+            reserve_percent_max: self.reserve_percent_max,
+            scrub_rate_max: self.scrub_bytes_per_second,
+            ..Options::default()
+        };
+        if let Some(size) = planted::segment_size() {
+            (options.segment_size_first, options.segment_size_max) = (size, size);
+        }
+        options
+    }
 }
 
 /// The way to the disk.
@@ -291,6 +345,7 @@ impl Config {
         if self.threads.is_some_and(|threads| !(1..=THREAD_COUNT_MAX).contains(&threads)) {
             return refuse("threads", format!("it must be from 1 to {THREAD_COUNT_MAX}"));
         }
+        self.check_storage()?;
         self.listen_addresses()?;
         self.check_peers()?;
         self.check_secret_keys()?;
@@ -336,6 +391,20 @@ impl Config {
         })
     }
 
+    fn check_storage(&self) -> Result<(), ConfigError> {
+        let Storage { reserve_bytes, reserve_percent_max, .. } = self.storage;
+        if reserve_bytes < limits::RESERVE_SIZE_MIN {
+            let least = limits::RESERVE_SIZE_MIN;
+            let problem = format!("{reserve_bytes} is less than {least}, which requests on their way may take");
+            return refuse("storage.reserve_bytes", problem);
+        }
+        if !(1..=100).contains(&reserve_percent_max) {
+            let problem = format!("{reserve_percent_max} is no share of the disk from 1 to 100");
+            return refuse("storage.reserve_percent_max", problem);
+        }
+        Ok(())
+    }
+
     fn check_peers(&self) -> Result<(), ConfigError> {
         if self.peers.len() > NODE_COUNT_MAX {
             return refuse("peers", format!("there are {}, the limit is {NODE_COUNT_MAX}", self.peers.len()));
@@ -361,6 +430,10 @@ impl Config {
         }
         if !self.peers.is_empty() && !nodes.contains(&self.node) {
             return refuse("peers", format!("this node, {}, is not among them", self.node));
+        }
+        if self.bootstrap && nodes.iter().any(|node| *node != self.node) {
+            let problem = "peers names other nodes, and a cluster of several is formed when all are up: leave it out";
+            return refuse("bootstrap", problem);
         }
         Ok(())
     }
@@ -527,7 +600,17 @@ public_key_file = "k.pem"
             (format!("{GOOD}[listen]\nclient = \"127.0.0.1:7705\"\n"), "listen.control: 127.0.0.1:7705 is used twice"),
             (format!("{GOOD}[log]\nlevel = \"loud\"\n"), "log.level: "),
             (format!("{GOOD}[storage]\nbackend = \"fast\"\n"), "backend"),
+            (format!("{GOOD}[storage]\nreserve_bytes = 1000\n"), "storage.reserve_bytes: 1000 is less"),
+            (format!("{GOOD}[storage]\nreserve_bytes = -1\n"), "reserve_bytes"),
+            (format!("{GOOD}[storage]\nreserve_percent_max = 0\n"), "storage.reserve_percent_max: 0"),
+            (format!("{GOOD}[storage]\nreserve_percent_max = 101\n"), "storage.reserve_percent_max: 101"),
+            (format!("{GOOD}[storage]\nscrub_bytes_per_second = \"fast\"\n"), "scrub_bytes_per_second"),
             (peers("control = \"a:3\""), "peers: this node, 1"),
+            (
+                peers("control = \"a:3\"\n[[peers]]\nnode = 1\npeer = \"a:4\"\nclient = \"a:5\"\ncontrol = \"a:6\"")
+                    .replace("node = 1\ncluster", "node = 1\nbootstrap = true\ncluster"),
+                "bootstrap: peers names other nodes",
+            ),
             (peers("control = \"a\""), "peers[0].control: "),
             (peers("control = \"a:2\""), "peers[0].control: a:2 is used twice"),
             (format!("{GOOD}]"), "line 10"),

@@ -175,6 +175,17 @@ impl control_server::Control for Control {
         Ok(Response::new(wire::TrimTopicResponse { partitions }))
     }
 
+    async fn delete_group(
+        &self,
+        request: Request<wire::DeleteGroupRequest>,
+    ) -> Result<Response<wire::DeleteGroupResponse>, Status> {
+        let session = self.session(&request)?;
+        let request = request.into_inner();
+        authorize(&session, Verb::Admin, &request.topic).map_err(status)?;
+        let partition_count = self.broker.delete_group(&session.tenant, &request).await.map_err(status)?;
+        Ok(Response::new(wire::DeleteGroupResponse { partition_count }))
+    }
+
     async fn cluster_status(
         &self,
         request: Request<wire::ClusterStatusRequest>,
@@ -270,6 +281,8 @@ impl Broker {
                 replica_count: report.replica_count,
                 problems: report.problems,
                 voter: voters.values().any(|node| node.0 == info.node),
+                program: report.program,
+                peer_version_max: report.peer_version_max,
             }
         };
         wire::ClusterStatusResponse {

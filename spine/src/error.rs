@@ -24,6 +24,11 @@ pub(crate) fn not_found(kind: &str, name: &str) -> wire::Error {
     }
 }
 
+/// UNKNOWN_OUTCOME: what `node` answered is no answer.
+pub(crate) fn malformed(node: NodeId) -> wire::Error {
+    error(wire::ErrorCode::UnknownOutcome, format!("the answer of node {node} is malformed"))
+}
+
 /// OVERLOADED: `node` cannot say yet which topics exist.
 pub(crate) fn starting(node: NodeId) -> wire::Error {
     let message = format!("node {node} is starting: it does not know the cluster's topics yet");

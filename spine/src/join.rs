@@ -3,6 +3,9 @@
 //! ```text
 //!   its log is here                                      that one
 //!   nothing here, nor on any other configured node       a new cluster: its own number
+//!   nothing here, no other node configured
+//!     bootstrap = true, and nobody calls                 a new cluster of this node alone
+//!     otherwise                                          none: the node does not start
 //!   no log; a cluster stands, the node was added to it
 //!     and never seen                                     the one that it was given
 //!     and seen before: its data is lost                  a new one, and new ones of all partitions
@@ -12,6 +15,10 @@
 //!     cluster and has no leader now
 //! ```
 //!
+//! A node that the configuration does not name and that calls under the cluster's name and secret is taken for one
+//! of a standing cluster: none is formed then. A cluster's nodes call every member, so that one that lost
+//! its disk and its configuration hears of them.
+//!
 //! A cluster is formed when all configured nodes have opened their replicas. A node is seen when it has caught up
 //! with the metadata; before that no log of a partition is made on it.
 //!
@@ -20,7 +27,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use arqon_proto::{GroupId, NodeId, ReplicaId, wire};
+use arqon_proto::{GroupId, NodeId, ReplicaId, limits, wire};
 use arqon_raft::{Host, OpenError};
 use arqon_storage::Store;
 use bytes::Bytes;
@@ -29,7 +36,10 @@ use prost::Message;
 use tokio::time::{Instant, sleep, timeout};
 use wire::metadata_command::Command;
 
-use crate::metadata::{MetadataGroup, Place};
+use crate::{
+    metadata::{MetadataGroup, Place},
+    node::StartError,
+};
 
 /// The kind under which a starting node asks who it is.
 pub(crate) const WHO_KIND: &str = "who";
@@ -42,6 +52,9 @@ const ASK_INTERVAL: Duration = Duration::from_millis(100);
 const ASK_PATIENCE: Duration = Duration::from_secs(2);
 /// A rejoin waits for a commit.
 const REJOIN_PATIENCE: Duration = Duration::from_secs(12);
+/// A node that forms a cluster of itself alone listens for the nodes of a standing one for so long: each calls twice
+/// in this time, and a bit is for the handshake.
+const ALONE_PATIENCE: Duration = Duration::from_millis(2 * limits::REDIAL_MS_MAX + 200);
 /// A node that waits says so this often.
 const WAIT_NEWS_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -79,13 +92,14 @@ pub(crate) struct Rejoin {
 /// Opens the metadata replica of this node, whichever that is now. Waits while that cannot be known.
 ///
 /// # Errors
-/// The disk refuses, or a newer program wrote it.
+/// The disk refuses, or a newer program wrote it; nobody is configured who could tell which replica this is.
 pub(crate) async fn open_metadata(
     host: &Host,
     store: &Store,
     node: NodeId,
     nodes: &[wire::NodeInfo],
-) -> Result<MetadataGroup, OpenError> {
+    bootstrap: bool,
+) -> Result<MetadataGroup, StartError> {
     let io = |source| OpenError::Io { group: GroupId::METADATA, replica: ReplicaId(node.0), source };
     let logs = store.logs().map_err(io)?;
     let mut here: Vec<_> = logs.iter().filter(|(group, _)| *group == GroupId::METADATA).map(|(_, id)| *id).collect();
@@ -99,6 +113,13 @@ pub(crate) async fn open_metadata(
             // Without that file nobody knows which logs should be here.
             let all = !store.placed().is_ok_and(|bound| bound > ReplicaId(0));
             let forms = all && logs.is_empty();
+            let is_alone = nodes.iter().all(|info| info.node == node.0);
+            if is_alone && !forms {
+                return Err(StartError::MetadataMissing);
+            }
+            if is_alone && !bootstrap {
+                return Err(StartError::Alone);
+            }
             host.on_forward(Arc::new(move |_, kind, _| {
                 Box::pin(async move {
                     let fresh = Who { fresh: true, ..Who::default() };
@@ -106,7 +127,11 @@ pub(crate) async fn open_metadata(
                     if answers { Ok(fresh.encode_to_vec().into()) } else { Err("node is starting".to_owned()) }
                 })
             }));
-            let place = find_place(host, node, nodes, Loss { replica: None, all, forms }).await;
+            let place = if is_alone {
+                form_alone(host, node).await?
+            } else {
+                find_place(host, node, nodes, Loss { replica: None, all, forms }).await
+            };
             if !place.forms && all {
                 // Replicas with lower numbers that were placed here are lost, if they ever had a log.
                 store.set_placed(place.replica).map_err(io)?;
@@ -115,13 +140,23 @@ pub(crate) async fn open_metadata(
         }
     };
     match MetadataGroup::open(host, node, nodes, place).await {
-        Err(OpenError::Quarantined { replica, reason, .. }) if nodes.len() > 1 => {
+        Err(lost @ OpenError::Quarantined { .. }) if nodes.len() < 2 => Err(StartError::MetadataLost(lost)),
+        Err(OpenError::Quarantined { replica, reason, .. }) => {
             tracing::error!(replica = replica.0, reason, "the metadata here may not be trusted: copying it anew");
             let place = find_place(host, node, nodes, Loss { replica: Some(replica), all: false, forms: false }).await;
             host.delete(GroupId::METADATA, replica).await.map_err(io)?;
-            MetadataGroup::open(host, node, nodes, place).await
+            Ok(MetadataGroup::open(host, node, nodes, place).await?)
         }
-        opened => opened,
+        opened => Ok(opened?),
+    }
+}
+
+/// Forms a cluster of this node alone unless another one calls.
+async fn form_alone(host: &Host, node: NodeId) -> Result<Place, StartError> {
+    sleep(ALONE_PATIENCE).await;
+    match host.dialled_by().into_iter().find(|caller| *caller != node) {
+        Some(caller) => Err(StartError::ClusterStands { node: caller.0 }),
+        None => Ok(Place { replica: ReplicaId(node.0), forms: true }),
     }
 }
 
@@ -156,7 +191,16 @@ async fn find_place(host: &Host, node: NodeId, nodes: &[wire::NodeInfo], loss: L
             }
         }
         let fresh_count = answers.iter().filter(|(_, who)| who.fresh).count();
-        if loss.forms && fresh_count == others.len() {
+        let stranger = host.dialled_by().into_iter().find(|caller| *caller != node && !others.contains(caller));
+        if let Some(stranger) = stranger
+            && loss.forms
+            && fresh_count == others.len()
+        {
+            waits_for = format!(
+                "node {stranger}, which is not among the peers, called under this cluster's name and secret: no \
+                 cluster is formed beside it; name it in [[peers]] of all nodes, or stop it while the cluster is formed"
+            );
+        } else if loss.forms && fresh_count == others.len() {
             return Place { replica: ReplicaId(node.0), forms: true };
         }
         if Instant::now() >= news_due {

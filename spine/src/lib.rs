@@ -23,6 +23,7 @@ mod clock;
 mod config;
 mod control;
 mod error;
+mod groups;
 mod health;
 mod join;
 mod members;

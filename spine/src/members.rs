@@ -3,7 +3,8 @@
 //! ```text
 //!   leader of a partition        its voters are not those wanted: one step after the other (arqon_raft)
 //!                                they are, and a move was under way: FinishMove
-//!   leader of the metadata       its own voters: one replica on every node
+//!   leader of the metadata       its own voters: one replica on every node, once the node has been seen: one that
+//!                                votes and is lost before that would be taken for a new one, and vote again
 //!                                a replica is quarantined somewhere: ReplaceReplica, one at a time
 //!                                a partition has too few copies: ExtendPartition, one at a time
 //! ```
@@ -126,7 +127,9 @@ impl Broker {
             let replicas: BTreeMap<_, _> =
                 all.filter(|(replica, node)| voters.contains_key(replica) || reachable.contains(node)).collect();
             if !metadata.has_members(&replicas) {
-                let wanted = WantedMembers { replicas, reachable: reachable.clone(), one_by_one: true };
+                let seen = state.nodes().iter().filter(|info| info.seen);
+                let eligible = seen.map(|info| ReplicaId(metadata_replica(info))).collect();
+                let wanted = WantedMembers { replicas, eligible, reachable: reachable.clone(), one_by_one: true };
                 changes.push(Change { group: metadata.clone(), wanted, finish: None });
             }
         }
@@ -157,7 +160,9 @@ impl Broker {
                 copying_count += usize::from(!is_waiting);
                 let target = placement.target.iter().map(|at| at.replica).collect();
                 let finish = is_moving.then_some(wire::FinishMoveCommand { group: placement.group, target });
-                let wanted = WantedMembers { replicas: wanted, reachable: reachable.clone(), one_by_one: false };
+                let eligible = wanted.keys().copied().collect();
+                let wanted =
+                    WantedMembers { replicas: wanted, eligible, reachable: reachable.clone(), one_by_one: false };
                 changes.push(Change { group: group.clone(), wanted, finish });
             }
         }

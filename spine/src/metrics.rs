@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use arqon_proto::{code_name, wire};
+use arqon_proto::{CLIENT_VERSIONS, PEER_VERSIONS, code_name, wire};
 use arqon_storage::Histogram;
 use prometheus_client::{
     collector::Collector,
@@ -18,6 +18,7 @@ use prometheus_client::{
         counter::{ConstCounter, Counter},
         family::Family,
         gauge::{ConstGauge, Gauge},
+        info::Info,
     },
     registry::{Registry, Unit},
 };
@@ -63,6 +64,16 @@ impl Metrics {
 pub(crate) fn registry(broker: &Arc<Broker>) -> Registry {
     let mut registry = Registry::with_prefix("arqon");
     broker.metrics.register(&mut registry);
+    let told = [
+        ("program", broker.program.clone()),
+        ("peer_protocol", PEER_VERSIONS.to_string()),
+        ("client_protocol", CLIENT_VERSIONS.to_string()),
+    ];
+    registry.register(
+        "build",
+        "The program that runs here, and the protocols that it speaks",
+        Info::new(told.to_vec()),
+    );
     registry.register_collector(Box::new(NodeCollector(Arc::downgrade(broker))));
     registry
 }
@@ -118,6 +129,8 @@ impl Out<'_> {
         self.counter("log_written_bytes", "Bytes of entries written to segments", &metrics.written_size)?;
         self.counter("log_flushes", "Flush groups made durable", &metrics.flush_count)?;
         self.counter("log_segments_created", "Segments created", &metrics.roll_count)?;
+        self.counter("log_segments_recycled", "Of these, in the file of a purged one", &metrics.recycled_count)?;
+        self.gauge("log_pool_bytes", "Bytes of files that wait to be a segment again", load(&metrics.pool_size))?;
         self.counter("log_damaged_reads", "Reads that met damaged entries", &metrics.damaged_read_count)?;
         self.gauge("log_damage", "Ranges of damaged entries known of", load(&metrics.damage_count))?;
         self.counter("log_damage_found", "Ranges of damaged entries found", &metrics.damage_found_count)?;

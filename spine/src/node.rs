@@ -8,9 +8,9 @@ use std::{
     time::Duration,
 };
 
-use arqon_proto::{OPERATOR_TOPIC, SYSTEM_TENANT, wire};
+use arqon_proto::{OPERATOR_TOPIC, SYSTEM_TENANT, Verifier, wire};
 use arqon_raft::{Host, HostOptions};
-use arqon_storage::{Identity, Options, Store};
+use arqon_storage::{Identity, Store};
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -22,7 +22,7 @@ use crate::{
     admin,
     broker::{Broker, BrokerServices},
     clock::Clock,
-    config::{Backend, Config, ConfigError, ListenAddresses},
+    config::{Config, ConfigError, ListenAddresses},
     control,
     health::Health,
     join::open_metadata,
@@ -31,11 +31,12 @@ use crate::{
     partition::{Ahead, Partition},
     replicas::Replicas,
     session,
-    tls::Tls,
+    tls::{Ports, Tls},
 };
 
 /// How long each step of a shutdown may take.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(10);
+const CLOSED_LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
 /// A tick that is this late says that the node itself stood still.
 const PAUSE_MIN: Duration = Duration::from_secs(3);
@@ -64,9 +65,48 @@ pub enum StartError {
     /// The metadata replica cannot be opened.
     #[error("data: {0}")]
     Metadata(#[from] arqon_raft::OpenError),
+    /// The metadata replica may not be trusted, and the configuration names nobody who has another one.
+    #[error(
+        "data: {0}; name the other nodes of its cluster as [[peers]] and it is copied from them; a cluster of this node alone has no other copy but a backup of the data directory"
+    )]
+    MetadataLost(#[source] arqon_raft::OpenError),
+    /// Logs of partitions are here and that of the metadata is not, and nobody is configured who has it.
+    #[error(
+        "data: the log of the metadata is missing beside other data; name the other nodes of its cluster as [[peers]] and it is copied from them; a cluster of this node alone has no other copy but a backup of the data directory"
+    )]
+    MetadataMissing,
+    /// The data directory is empty, and the configuration names nobody who could tell whose it is.
+    #[error(
+        "bootstrap: the data directory is empty and the configuration names no other node: name those of its cluster as [[peers]], or set bootstrap = true to form a new cluster of this node alone"
+    )]
+    Alone,
+    /// This node was to form a cluster, and another one is at work in a cluster of the same name.
+    #[error(
+        "bootstrap: node {node} has called under the name and secret of this cluster, so one stands or is being formed: name its nodes as [[peers]] and leave bootstrap out"
+    )]
+    ClusterStands {
+        /// The node that called.
+        node: u64,
+    },
     /// The threads that read old data cannot be started.
     #[error("cannot start a thread: {0}")]
     Thread(#[source] io::Error),
+}
+
+impl StartError {
+    /// Whether it is the disk that refused: another try may find it well again.
+    #[must_use]
+    pub fn is_of_disk(&self) -> bool {
+        use arqon_storage::OpenError;
+        match self {
+            Self::Storage(OpenError::Io { .. }) => true,
+            Self::Metadata(arqon_raft::OpenError::Io { source, .. }) => {
+                let opened = source.get_ref().and_then(|inner| inner.downcast_ref());
+                source.raw_os_error().is_some() || matches!(opened, Some(OpenError::Io { .. }))
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Ports that are bound already, so that a cluster can be configured with ports that the
@@ -125,6 +165,21 @@ pub struct Node {
     tasks: Vec<JoinHandle<()>>,
 }
 
+/// What a configuration names files of: read before anything is made.
+struct Keys {
+    secret: Vec<u8>,
+    verifier: Verifier,
+    tls: Option<Ports>,
+}
+
+impl Keys {
+    fn read(config: &Config) -> Result<Self, StartError> {
+        config.check()?;
+        let tls = config.tls.as_ref().map(Tls::load).transpose()?;
+        Ok(Self { secret: config.secret()?, verifier: config.verifier()?, tls })
+    }
+}
+
 impl Node {
     /// Starts a node. It listens when this returns; it serves as soon as the cluster has
     /// leaders (`/readyz`).
@@ -150,9 +205,34 @@ impl Node {
     /// # Errors
     /// As [`Node::start`].
     pub async fn start_by(config: Config, listeners: Listeners, clock: Clock) -> Result<Self, StartError> {
-        config.check()?;
-        let (secret, verifier) = (config.secret()?, config.verifier()?);
-        let tls = config.tls.as_ref().map(Tls::load).transpose()?;
+        let keys = Keys::read(&config)?;
+        let identity = Identity { cluster: config.cluster.clone(), node: config.node_id() };
+        let store = Store::open(&config.data, identity, config.storage.options())?;
+        Self::start_with(config, keys, listeners, clock, store).await
+    }
+
+    /// Starts a node over a data directory that is open, on ports that are bound already. With a store
+    /// without threads, the node starts none either.
+    ///
+    /// # Errors
+    /// As [`Node::start`].
+    pub async fn start_over(
+        config: Config,
+        listeners: Listeners,
+        clock: Clock,
+        store: Store,
+    ) -> Result<Self, StartError> {
+        let keys = Keys::read(&config)?;
+        Self::start_with(config, keys, listeners, clock, store).await
+    }
+
+    async fn start_with(
+        config: Config,
+        Keys { secret, verifier, tls }: Keys,
+        listeners: Listeners,
+        clock: Clock,
+        store: Store,
+    ) -> Result<Self, StartError> {
         let (client_tls, peer_tls, control_server) = match tls {
             Some(tls) => (Some(tls.client), Some(tls.peer), tls.control),
             None => (None, None, Server::builder()),
@@ -170,11 +250,8 @@ impl Node {
             admin_port.map_err(refused)?,
         );
 
-        let ahead = Ahead::start().map_err(StartError::Thread)?;
+        let ahead = Ahead::start(store.has_threads()).map_err(StartError::Thread)?;
         let node = config.node_id();
-        let identity = Identity { cluster: config.cluster.clone(), node };
-        let options = Options { backend: backend(config.storage.backend), ..Options::default() };
-        let store = Store::open(&config.data, identity, options)?;
         tracing::info!(node = node.0, cluster = config.cluster, backend = store.backend_name(), "node starts");
 
         let nodes = config.nodes(&addresses);
@@ -182,11 +259,11 @@ impl Node {
         let options = HostOptions { node, cluster, secret, tls: peer_tls, peer_listener: peer };
         let host = Host::start(options, store.clone());
         host.set_peers(nodes.iter().map(|info| (info.node.into(), info.peer_address.clone())));
-        let metadata = match open_metadata(&host, &store, node, &nodes).await {
+        let metadata = match open_metadata(&host, &store, node, &nodes, config.bootstrap).await {
             Ok(metadata) => metadata,
             Err(error) => {
                 host.shutdown().await;
-                return Err(error.into());
+                return Err(error);
             }
         };
         let metrics = Arc::new(Metrics::default());
@@ -194,6 +271,7 @@ impl Node {
         let broker = Arc::new(Broker {
             node,
             cluster: config.cluster,
+            program: config.program,
             configured: nodes,
             host,
             store: store.clone(),
@@ -230,6 +308,18 @@ impl Node {
         self.broker.not_ready()
     }
 
+    /// Waits until a failed write or sync has closed a log of this node, which only another start opens again, and
+    /// says what: one line. Everything else goes on.
+    pub async fn closed(&self) -> String {
+        let mut looks = interval(CLOSED_LOOK_INTERVAL);
+        loop {
+            looks.tick().await;
+            if let Some(reason) = self.broker.closed() {
+                return reason;
+            }
+        }
+    }
+
     /// Stops accepting, lets sessions drain, hands leadership over, flushes and closes the
     /// data directory.
     pub async fn shutdown(self) {
@@ -260,14 +350,6 @@ async fn join(tasks: Vec<JoinHandle<()>>, what: &str) {
                 task.abort();
             }
         }
-    }
-}
-
-fn backend(backend: Backend) -> arqon_storage::Backend {
-    match backend {
-        Backend::Auto => arqon_storage::Backend::Auto,
-        Backend::Uring => arqon_storage::Backend::Uring,
-        Backend::Plain => arqon_storage::Backend::Plain,
     }
 }
 

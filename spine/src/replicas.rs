@@ -10,10 +10,10 @@
 //! ```
 //!
 //! Logs are created and removed only when this node has caught up with the metadata: before that, it may
-//! see a replica where it was and not where it is. `placed` is written down when all is open.
+//! see a replica where it was and not where it is. `placed` is written down when all is open or quarantined.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
@@ -87,7 +87,12 @@ impl Replicas {
     /// Replicas here that may not be trusted any more.
     pub(crate) fn quarantined(&self) -> Vec<LostReplica> {
         let local = self.local.read().unwrap_or_else(PoisonError::into_inner);
-        let lost = local.iter().filter(|(_, local)| matches!(local, Local::Failed { quarantined: true, .. }));
+        // One that works may have been given up since it was opened.
+        let given_up: HashSet<GroupId> = self.host.quarantined().into_iter().map(|(group, _)| group).collect();
+        let lost = local.iter().filter(|(group, local)| match local {
+            Local::Failed { quarantined, .. } => *quarantined,
+            Local::Open(_) => given_up.contains(group),
+        });
         lost.map(|(group, local)| LostReplica { group: group.0, replica: local.replica().0 }).collect()
     }
 
@@ -125,7 +130,9 @@ impl Replicas {
                 let count = damage.repaired_count;
                 return (count > 0).then(|| format!("{name}: {count} damaged ranges were repaired from other nodes"));
             };
-            let problem = damage.problem.map(|problem| format!("; not repaired yet: {problem}")).unwrap_or_default();
+            let tried = damage.failed_count;
+            let told = |problem: String| format!("; not repaired in {tried} tries: {problem}");
+            let problem = damage.problem.map(told).unwrap_or_default();
             let count = damage.damaged.len();
             let (from, to) = (first.first_offset, first.next_offset);
             let place = &first.place;
@@ -137,23 +144,45 @@ impl Replicas {
     /// One line for each replica here that does not work.
     pub(crate) fn problems(&self) -> Vec<String> {
         let local = self.local.read().unwrap_or_else(PoisonError::into_inner);
+        let given_up: HashMap<GroupId, String> = self.host.quarantined().into_iter().collect();
         let mut problems: Vec<_> = local
-            .values()
-            .filter_map(|local| match local {
+            .iter()
+            .filter_map(|(group, local)| match local {
                 Local::Failed { reason, .. } => Some(reason.clone()),
-                Local::Open(partition) => partition.group().stopped().map(|reason| {
-                    format!("{}/{} has stopped: {reason}", partition.topic().name, partition.partition())
-                }),
+                Local::Open(partition) => {
+                    let reason = given_up.get(group).cloned().or_else(|| partition.group().stopped());
+                    reason.map(|reason| has_stopped(partition, &reason))
+                }
             })
             .collect();
         problems.sort();
         problems
     }
 
+    /// One line about the first replica here whose log is closed for writing.
+    pub(crate) fn closed(&self) -> Option<String> {
+        self.open().iter().find_map(|partition| Some(has_stopped(partition, &partition.group().closed()?)))
+    }
+
     /// Whether every replica that `state` places here is open.
     pub(crate) fn complete(&self, state: &MetadataState) -> bool {
+        self.all_placed(state, |local| matches!(local, Some(Local::Open(_))))
+    }
+
+    /// Whether every replica that `state` places here is open, or known to have lost its log for good: that one
+    /// will not be made anew under its number, whatever the bound says.
+    fn settled(&self, state: &MetadataState) -> bool {
+        self.all_placed(state, |local| match local {
+            Some(Local::Open(_)) => true,
+            Some(Local::Failed { quarantined, .. }) => *quarantined,
+            None => false,
+        })
+    }
+
+    fn all_placed(&self, state: &MetadataState, is_so: impl Fn(Option<&Local>) -> bool) -> bool {
         let local = self.local.read().unwrap_or_else(PoisonError::into_inner);
-        self.wanted(state).keys().all(|group| matches!(local.get(group), Some(Local::Open(_))))
+        let mut placements = state.topics().flat_map(|topic| &topic.partitions);
+        placements.all(|at| replica_on(at, self.node.0).is_none() || is_so(local.get(&GroupId(at.group))))
     }
 
     fn wanted(&self, state: &MetadataState) -> HashMap<GroupId, Wanted> {
@@ -172,6 +201,7 @@ impl Replicas {
                     may_create: false,
                     first: placement.replicas.first().is_some_and(|at| at.node == self.node.0),
                     followers_act: false,
+                    owner: topic.config.tenant.clone(),
                 };
                 let partition = PartitionId(index as u32);
                 wanted.insert(group, Wanted { spec, topic: topic.config.clone(), partition });
@@ -240,7 +270,7 @@ impl Replicas {
         stream::iter(wanted)
             .for_each_concurrent(OPEN_COUNT_MAX, |wanted| self.open_one(wanted, services.clone()))
             .await;
-        if caught_up && *self.lock_placed() < Some(next_replica) && self.complete(state) {
+        if caught_up && *self.lock_placed() < Some(next_replica) && self.settled(state) {
             match self.store.set_placed(next_replica) {
                 Ok(()) => *self.lock_placed() = Some(next_replica),
                 Err(error) => tracing::warn!(%error, "replicas placed here are not written down"),
@@ -315,4 +345,8 @@ impl Replicas {
             .await;
         self.local.write().unwrap_or_else(PoisonError::into_inner).clear();
     }
+}
+
+fn has_stopped(partition: &Partition, reason: &str) -> String {
+    format!("{}/{} has stopped: {reason}", partition.topic().name, partition.partition())
 }

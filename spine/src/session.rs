@@ -21,7 +21,7 @@ mod writer;
 
 use std::{io, sync::Arc, time::Duration};
 
-use arqon_proto::{Session, TOKEN_SIZE_MAX, encode_frame, limits, wire};
+use arqon_proto::{CLIENT_VERSIONS, Session, TOKEN_SIZE_MAX, encode_frame, limits, wire};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, mpsc, watch},
@@ -40,8 +40,6 @@ use reader::{FrameReader, ReadError, Reader};
 use requests::Requests;
 use writer::{Outgoing, Writer};
 
-/// The one version of the client protocol.
-const PROTOCOL_VERSION: u32 = 1;
 /// A first frame is a token and little else, in bytes.
 const HELLO_SIZE_MAX: usize = TOKEN_SIZE_MAX + (4 << 10);
 /// Answers that wait for the writer.
@@ -108,7 +106,7 @@ async fn run(broker: &Arc<Broker>, budget: &Arc<Budget>, stream: TcpStream, tls:
     };
     let mut reader = FrameReader::new(read_half, budget.clone());
     let greeted = timeout_at(deadline, handshake(broker, &mut reader)).await;
-    let (session, hello) = match greeted {
+    let (session, hello, version) = match greeted {
         Ok(Ok(greeted)) => greeted,
         Ok(Err(refused)) => {
             broker.metrics.refused_handshakes.inc();
@@ -122,7 +120,7 @@ async fn run(broker: &Arc<Broker>, budget: &Arc<Budget>, stream: TcpStream, tls:
     let lifetime =
         Duration::from_secs(session.expires_at.saturating_sub(broker.health.now_seconds())).min(SESSION_LENGTH_MAX);
     let ends_at = Instant::now() + lifetime;
-    let welcome = welcome(broker, &session);
+    let welcome = welcome(broker, &session, version);
     let requests = Requests::new(broker.clone(), budget.clone(), session, hello.credit_bytes, answers.clone());
     let mut end = "the client is gone";
     if send(&answers, 0, Body::Welcome(welcome)).await {
@@ -159,22 +157,19 @@ async fn send(answers: &mpsc::Sender<Outgoing>, request_id: u64, body: Body) -> 
     }
 }
 
-async fn handshake(broker: &Broker, reader: &mut FrameReader) -> Result<(Session, wire::Hello), wire::Error> {
+async fn handshake(broker: &Broker, reader: &mut FrameReader) -> Result<(Session, wire::Hello, u32), wire::Error> {
     let received = reader.next(HELLO_SIZE_MAX, HANDSHAKE_PATIENCE).await.map_err(ReadError::into_wire)?;
     let Some(Body::Hello(hello)) = received.frame.body else {
         return Err(error(ErrorCode::AuthenticationFailed, "the first frame must be Hello"));
     };
-    if hello.version != PROTOCOL_VERSION {
-        let message = format!("protocol version {} is not known, this server speaks {PROTOCOL_VERSION}", hello.version);
-        return Err(wire::Error { field: "version".into(), ..error(ErrorCode::UnsupportedVersion, message) });
-    }
+    let version = CLIENT_VERSIONS.greet(&hello)?;
     let session = broker.authenticate(&hello.token)?;
-    Ok((session, hello))
+    Ok((session, hello, version))
 }
 
-fn welcome(broker: &Broker, session: &Session) -> wire::Welcome {
+fn welcome(broker: &Broker, session: &Session, version: u32) -> wire::Welcome {
     wire::Welcome {
-        version: PROTOCOL_VERSION,
+        version,
         cluster: broker.cluster.clone(),
         node: broker.node.0,
         tenant: session.tenant.clone(),

@@ -3,16 +3,19 @@
 use std::{sync::Arc, time::Duration};
 
 use arqon_proto::{GroupId, NodeId, Offset, TopicClass, wire};
-use arqon_raft::ForwardError;
 use bytes::Bytes;
-use futures_util::{StreamExt, TryStreamExt, future::join_all, stream};
+use futures_util::{
+    FutureExt, StreamExt, TryStreamExt,
+    future::{BoxFuture, join_all},
+    stream,
+};
 use prost::Message;
 use tokio::time::{Instant, sleep, timeout};
 use wire::{ErrorCode, metadata_command::Command, trim_answer, trim_request, trim_topic_request};
 
 use crate::{
     broker::Broker,
-    error::{error, invalid, not_found, not_leader},
+    error::{error, invalid, malformed, not_found, not_leader},
     metadata::Topic,
     partition::{Partition, TrimBefore},
 };
@@ -26,8 +29,8 @@ const STATUS_PATIENCE: Duration = Duration::from_secs(1);
 /// How long leaders are waited for.
 const LEADER_PATIENCE: Duration = Duration::from_secs(10);
 const LEADER_RETRY_DELAY: Duration = Duration::from_millis(50);
-/// Partitions trimmed at a time.
-const TRIM_COUNT_MAX: usize = 16;
+/// Partitions of a topic whose leaders are asked at a time.
+pub(crate) const PARTITION_COUNT_MAX: usize = 16;
 
 impl Broker {
     /// How the partitions of `topic` are, as their leaders say, by number. Those whose leader does
@@ -101,7 +104,7 @@ impl Broker {
         self.own_topic(&tenant, &name)
     }
 
-    fn own_topic(&self, tenant: &str, name: &str) -> Result<Arc<Topic>, wire::Error> {
+    pub(crate) fn own_topic(&self, tenant: &str, name: &str) -> Result<Arc<Topic>, wire::Error> {
         self.require_started()?;
         self.metadata.published().state.topic(tenant, name).cloned().ok_or_else(|| not_found("topic", name))
     }
@@ -164,10 +167,9 @@ impl Broker {
             let log_start = self.trim_led(placement, before, only_check).await?;
             Ok(wire::TrimmedPartition { partition, log_start })
         });
-        stream::iter(trims).buffered(TRIM_COUNT_MAX).try_collect().await
+        stream::iter(trims).buffered(PARTITION_COUNT_MAX).try_collect().await
     }
 
-    /// At the leader, wherever it is.
     async fn trim_led(
         &self,
         placement: &wire::PartitionPlacement,
@@ -175,15 +177,33 @@ impl Broker {
         only_check: bool,
     ) -> Result<u64, wire::Error> {
         let request = wire::TrimRequest { group: placement.group, before: Some(before), only_check };
+        self.at_leader(placement, |leader| {
+            let request = &request;
+            async move {
+                if leader == self.node { self.trim_here(request).await } else { self.trim_there(leader, request).await }
+            }
+            .boxed()
+        })
+        .await
+    }
+
+    /// Asks the leader of a partition, wherever it is, for something that may be done twice. One that cannot be
+    /// found or does not answer is looked for again for ten seconds.
+    ///
+    /// # Errors
+    /// What `ask` refuses.
+    pub(crate) async fn at_leader<'a, T>(
+        &self,
+        placement: &wire::PartitionPlacement,
+        ask: impl Fn(NodeId) -> BoxFuture<'a, Result<T, wire::Error>>,
+    ) -> Result<T, wire::Error> {
         let deadline = Instant::now() + LEADER_PATIENCE;
         loop {
             let answer = match self.leader(placement) {
                 None => Err(not_leader(None)),
-                Some(leader) if leader == self.node => self.trim_here(&request).await,
-                Some(leader) => self.trim_there(leader, &request).await,
+                Some(leader) => ask(leader).await,
             };
             match answer {
-                // Trimming twice is trimming once.
                 Err(refused)
                     if matches!(refused.code(), ErrorCode::NotLeader | ErrorCode::UnknownOutcome)
                         && Instant::now() < deadline =>
@@ -206,15 +226,11 @@ impl Broker {
     }
 
     async fn trim_there(&self, leader: NodeId, request: &wire::TrimRequest) -> Result<u64, wire::Error> {
-        let answer = self.host.forward(leader, TRIM_KIND, request.encode_to_vec().into()).await;
-        let answer = answer.map_err(|failure| match failure {
-            ForwardError::Refused(reason) => error(ErrorCode::NotLeader, reason),
-            ForwardError::Unreachable { .. } => error(ErrorCode::UnknownOutcome, failure.to_string()),
-        })?;
+        let answer = self.forward(leader, TRIM_KIND, request.encode_to_vec().into()).await?;
         match wire::TrimAnswer::decode(answer).ok().and_then(|answer| answer.answer) {
             Some(trim_answer::Answer::LogStart(log_start)) => Ok(log_start),
             Some(trim_answer::Answer::Error(refused)) => Err(refused),
-            None => Err(error(ErrorCode::UnknownOutcome, format!("the answer of node {leader} is malformed"))),
+            None => Err(malformed(leader)),
         }
     }
 

@@ -6,6 +6,7 @@
 use std::io;
 use std::sync::Arc;
 
+use arqon_proto::planted;
 use arqon_proto::{DecodeError, RaftIndex, Term};
 use bytes::Bytes;
 use tokio::sync::oneshot;
@@ -101,7 +102,8 @@ pub(crate) fn write(core: &LogCore, kind: CheckpointKind, position: LogPosition,
     payload.extend_from_slice(&position.index.0.to_le_bytes());
     payload.extend_from_slice(bytes);
     let sealed = seal(What::Checkpoint, &payload);
-    disk::replace(core.engine.disk.as_ref(), &core.dir, &file_name(kind, position), sealed)?;
+    let (disk, name) = (core.engine.disk.as_ref(), file_name(kind, position));
+    disk::replace(disk, &core.dir, &name, sealed, disk::CHECKPOINT_POINTS)?;
     let mut state = core.lock();
     state.checkpoints.retain(|other| *other != (kind, position));
     state.checkpoints.push((kind, position));
@@ -130,15 +132,24 @@ pub(crate) fn prune(core: &LogCore) -> io::Result<()> {
     }
     for name in superseded {
         core.engine.disk.remove(&join(&core.dir, &name))?;
+        planted::crash_point("checkpoint-pruned");
     }
     Ok(())
 }
 
 /// Writes a checkpoint whose position is flushed, and tells whoever waits.
 pub(crate) fn perform(core: &LogCore, request: CheckpointWrite) {
-    let result = write(core, request.kind, request.position, &request.bytes).and_then(|()| prune(core));
-    if let Err(error) = &result {
-        tracing::warn!(group = core.group.0, "saving a checkpoint at {} failed: {error}", request.position);
+    let result = write(core, request.kind, request.position, &request.bytes);
+    match &result {
+        // It stands, and takes the place of the earlier ones from now on, whether their files go or not.
+        Ok(()) => {
+            if let Err(error) = prune(core) {
+                tracing::warn!(group = core.group.0, "a file of an earlier checkpoint stays: {error}");
+            }
+        }
+        Err(error) => {
+            tracing::warn!(group = core.group.0, "saving a checkpoint at {} failed: {error}", request.position);
+        }
     }
     // A restart goes on from here: with the walk of the log too.
     let tail = core.lock().segments.back().map(|tail| Arc::clone(&tail.segment));

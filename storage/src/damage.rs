@@ -18,18 +18,14 @@ use std::sync::Arc;
 
 use arqon_proto::{BATCH_HEADER_SIZE, Header, Offset, RaftIndex, limits};
 
-use crate::disk::File;
+use crate::disk::{File, is_unreadable};
 use crate::error::ReadError;
 use crate::index::IndexPoint;
 use crate::layout::SEGMENT_DATA_AT;
 use crate::log::{Log, LogCore, State};
 use crate::metrics::{self, Metrics};
+use crate::search::resync;
 use crate::segment::{BatchError, Segment, SegmentState, Walk};
-
-/// Bytes read at once in search of a header.
-const SCAN_SIZE: usize = 1 << 20;
-/// What a batch header begins with.
-const HEADER_MAGIC: &[u8] = b"ARQB";
 
 /// Consecutive entries that cannot be read here. Both chain values are known, so entries that are
 /// put in their place are proven.
@@ -72,6 +68,14 @@ impl Damage {
             last: Offset(self.next_offset.0.wrapping_sub(1)),
             index: self.first,
             reason: format!("{}: {}", self.place, self.reason),
+        }
+    }
+
+    /// Where it begins and ends in its segment, when it lies inside of one.
+    pub(crate) fn bytes(&self) -> Option<(u64, u64)> {
+        match self.hole {
+            Hole::Inside { at, end, .. } => Some((at, end)),
+            Hole::Between { .. } => None,
         }
     }
 
@@ -144,9 +148,20 @@ impl DamageList {
         self.retain(|known| known != damage) > 0
     }
 
-    /// Forgets what lies wholly outside of the entries `from..end`.
-    pub fn keep(&mut self, from: u64, end: u64) {
-        self.retain(|damage| damage.last.0 >= from && damage.first.0 < end);
+    /// Forgets what lies wholly outside of the entries `from..end`, and gives the names of the files that
+    /// nobody asks for any more then.
+    pub fn keep(&mut self, from: u64, end: u64) -> Vec<String> {
+        let mut lost_files = Vec::new();
+        self.retain(|damage| {
+            let keeps = damage.last.0 >= from && damage.first.0 < end;
+            if let Hole::Between { lost } = &damage.hole
+                && !keeps
+            {
+                lost_files.extend(lost.iter().cloned());
+            }
+            keeps
+        });
+        lost_files
     }
 
     fn retain(&mut self, keep: impl FnMut(&Damage) -> bool) -> usize {
@@ -184,7 +199,7 @@ pub(crate) struct Goal {
 }
 
 impl Goal {
-    fn is_met_by(&self, cursor: &Cursor) -> bool {
+    pub fn is_met_by(&self, cursor: &Cursor) -> bool {
         self.index == cursor.index
             && self.chain == cursor.chain
             && self.at.is_none_or(|at| at == cursor.at)
@@ -204,47 +219,6 @@ impl Cursor {
         let at = self.at + header.batch_size() as u64;
         Some(Self { at, index, offset, chain: Header::chain_value(bytes), term: header.term.0 })
     }
-}
-
-/// Whether the chain leads from the header at `from` to `goal`.
-fn leads(file: &dyn File, from: Cursor, end: u64, goal: &Goal) -> io::Result<bool> {
-    let mut walk = Walk::new(file, from.at, end);
-    let mut cursor = from;
-    while cursor.index < goal.index {
-        let Some(bytes) = walk.bytes()? else { return Ok(false) };
-        let Ok(header) = Header::decode(&bytes) else { return Ok(false) };
-        let Some(next) = cursor.after(&bytes, &header).filter(|next| next.at <= end) else { return Ok(false) };
-        cursor = next;
-        walk.at = next.at;
-    }
-    Ok(goal.is_met_by(&cursor))
-}
-
-/// The first header behind the break at `from` that belongs to the log: the chain leads from it to
-/// `goal`. Looks at every byte up to `end`.
-pub(crate) fn resync(file: &dyn File, from: &Cursor, end: u64, goal: &Goal) -> io::Result<Option<Cursor>> {
-    let end = goal.at.map_or(end, |at| at.min(end));
-    let mut window = vec![0; SCAN_SIZE];
-    let mut window_at = from.at + 1;
-    while window_at + BATCH_HEADER_SIZE as u64 <= end {
-        let size = usize::try_from(end - window_at).unwrap_or(usize::MAX).min(SCAN_SIZE);
-        let read = file.read_at(&mut window[..size], window_at)?;
-        if read < BATCH_HEADER_SIZE {
-            return Ok(None);
-        }
-        let starts = window[..read].windows(BATCH_HEADER_SIZE).enumerate();
-        for (at, bytes) in starts.filter(|(_, bytes)| bytes.starts_with(HEADER_MAGIC)) {
-            let Ok(header) = Header::decode(bytes) else { continue };
-            let (index, offset, chain, term) = (header.index.0, header.base_offset.0, header.chain, header.term.0);
-            let candidate = Cursor { at: window_at + at as u64, index, offset, chain, term };
-            let is_behind = index > from.index && offset >= from.offset && term >= from.term;
-            if is_behind && index < goal.index && leads(file, candidate, end, goal)? {
-                return Ok(Some(candidate));
-            }
-        }
-        window_at += (read - BATCH_HEADER_SIZE + 1) as u64;
-    }
-    Ok(None)
 }
 
 /// A break of the chain, or a batch whose payload fails its checks.
@@ -270,7 +244,12 @@ pub(crate) fn first_break(
         Ok((at, Some(Break { at, batch_end, reason: reason.to_owned() })))
     };
     while cursor.at < end {
-        let Some(bytes) = walk.bytes()? else { return broken(cursor, None, "the file ends too early") };
+        let bytes = match walk.bytes() {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return broken(cursor, None, "the file ends too early"),
+            Err(error) if is_unreadable(&error) => return broken(cursor, None, &error.to_string()),
+            Err(error) => return Err(error),
+        };
         let header = match Header::decode(&bytes) {
             Ok(header) => header,
             Err(error) => return broken(cursor, None, &error.to_string()),
@@ -283,7 +262,7 @@ pub(crate) fn first_break(
         }
         match walk.batch(segment, cursor.at, &header) {
             Ok(_) => {}
-            Err(BatchError::Disk(error)) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
+            Err(BatchError::Disk(error)) if !BatchError::is_damage_of(&error) => return Err(error),
             Err(error) => return broken(cursor, Some(next), &error.to_string()),
         }
         walk.at = next.at;
@@ -447,8 +426,17 @@ impl LogCore {
         if damage.last.0 >= state.segments[number].next_index {
             return;
         }
+        segment.forbid_reuse();
         if state.damage.insert(damage.clone()) {
-            state.segments[number].add_point(behind);
+            // Appended since it was looked at, or not yet.
+            let appended = state.recent_at(damage.last.0 + 1).filter(|next| Arc::ptr_eq(&next.segment, segment));
+            let behind = behind.or_else(|| appended.map(|next| IndexPoint::of(next.at, 0, &next.batch.header)));
+            let ends_log = damage.last.0 + 1 == state.segments[number].next_index;
+            match behind {
+                Some(point) => state.segments[number].add_point(point),
+                None if ends_log => state.segments[number].enter_at_end(),
+                None => {}
+            }
             drop(state);
             let (first, last) = (damage.first.0, damage.last.0);
             tracing::warn!(

@@ -12,10 +12,13 @@ pub(crate) mod real;
 pub(crate) mod ring;
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use arqon_proto::planted;
 use bytes::Bytes;
+use rustix::io::Errno;
 
 pub use crate::layout::BLOCK_SIZE;
 
@@ -74,7 +77,8 @@ pub trait Disk: Send + Sync + 'static {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Renames a file or directory within its directory, replacing a file of the new name.
+    /// Renames a file or directory, replacing a file of the new name. A file may change its directory:
+    /// each of the two names is durable with its own directory.
     ///
     /// # Errors
     /// A failure of the disk.
@@ -154,6 +158,9 @@ pub trait File: Send + Sync {
     /// `UnexpectedEof` when the file is shorter, or a failure of the disk.
     fn view(&self, at: u64, size: usize, capacity: u64) -> io::Result<Bytes>;
 
+    /// Is there as long as this handle, or bytes of a [`view`](Self::view) that are not a copy.
+    fn users(&self) -> Weak<()>;
+
     /// At most `size` bytes around byte `at`, read at once and past the page cache, and the byte
     /// at which they begin. `None` when the disk cannot do that, or has no buffer for it now.
     ///
@@ -205,20 +212,68 @@ impl BlockFile for Buffered {
     }
 }
 
+/// Whether an error of a read says that the device cannot give these bytes, whoever asks and however often:
+/// then they are damaged, as bytes that fail their checks are.
+pub(crate) fn is_unreadable(error: &io::Error) -> bool {
+    const ERRORS: [Errno; 4] = [Errno::IO, Errno::NODATA, Errno::ILSEQ, Errno::BADMSG];
+    error.raw_os_error().is_some_and(|code| ERRORS.iter().any(|errno| errno.raw_os_error() == code))
+}
+
+/// Reads into `buffer` from byte `at`, as [`File::read_at`]. Of a block that the device cannot read, the bytes are zero
+/// where `is_needless` says so.
+///
+/// # Errors
+/// A failure of the disk; bytes that the device cannot read, which are needed.
+pub(crate) fn read_around(
+    file: &dyn File,
+    buffer: &mut [u8],
+    at: u64,
+    mut is_needless: impl FnMut(Range<u64>) -> bool,
+) -> io::Result<usize> {
+    match file.read_at(buffer, at) {
+        Err(error) if is_unreadable(&error) => {}
+        read => return read,
+    }
+    let whole = usize::try_from(file.size()?.saturating_sub(at)).unwrap_or(usize::MAX).min(buffer.len());
+    let mut from = 0;
+    while from < whole {
+        let begin = at + from as u64;
+        let block_end = blocks::round_down(begin) + BLOCK_SIZE as u64;
+        let to = usize::try_from(block_end - at).unwrap_or(usize::MAX).min(whole);
+        match file.read_at(&mut buffer[from..to], begin) {
+            Err(error) if is_unreadable(&error) && is_needless(begin..at + to as u64) => buffer[from..to].fill(0),
+            read => drop(read?),
+        }
+        from = to;
+    }
+    Ok(whole)
+}
+
 /// Joins a directory and a name.
 pub(crate) fn join(dir: &str, name: &str) -> String {
     format!("{dir}/{name}")
 }
 
 /// Replaces a small file as a whole: after this returns it is durable, before it the old one stands.
-pub(crate) fn replace(disk: &dyn Disk, dir: &str, name: &str, bytes: Vec<u8>) -> io::Result<()> {
+/// `points` are crash points: the new file is durable beside the old one; it has the name, which is not durable yet.
+pub(crate) fn replace(disk: &dyn Disk, dir: &str, name: &str, bytes: Vec<u8>, points: Points) -> io::Result<()> {
     let (path, fresh) = (join(dir, name), join(dir, &format!("{name}.tmp")));
     let file = disk.create(&fresh)?;
     file.write_at(&[Bytes::from(bytes)], 0)?;
     file.sync()?;
+    planted::crash_point(points[0]);
     disk.rename(&fresh, &path)?;
+    planted::crash_point(points[1]);
     disk.sync_dir(dir)
 }
+
+/// Crash points of [`replace`].
+pub(crate) type Points = [&'static str; 2];
+pub(crate) const MANIFEST_POINTS: Points = ["manifest-written", "manifest-named"];
+pub(crate) const VOTE_POINTS: Points = ["vote-written", "vote-named"];
+pub(crate) const CHECKPOINT_POINTS: Points = ["checkpoint-written", "checkpoint-named"];
+/// Of the files of the data directory itself.
+pub(crate) const STORE_POINTS: Points = ["node-file-written", "node-file-named"];
 
 /// The whole of a small file, at most `size_max` bytes.
 pub(crate) fn read_all(disk: &dyn Disk, path: &str, size_max: usize) -> io::Result<Vec<u8>> {

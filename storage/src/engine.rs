@@ -14,6 +14,7 @@
 //! the next one may be written by another thread.
 
 mod round;
+mod steps;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -27,17 +28,19 @@ use arqon_proto::{GroupId, ReplicaId};
 
 pub(crate) use self::round::Writer;
 use crate::checkpoint::{self, CheckpointWrite};
-use crate::disk::Disk;
 use crate::disk::ring::Ring;
+use crate::disk::{Disk, blocks};
 use crate::error::OpenError;
 use crate::flush::Op;
 use crate::index;
 use crate::log::{LogCore, State};
 use crate::metrics::{self, Metrics};
 use crate::options::{Backend, Options};
+use crate::pool::FilePool;
 use crate::recent::RecentTotal;
 use crate::segment::Segment;
 use crate::space::{self, Space, SpaceState, SpaceWatch};
+use steps::Steps;
 
 /// Rounds that run side by side, with io_uring.
 const ROUND_COUNT: usize = 2;
@@ -84,6 +87,8 @@ pub(crate) struct Engine {
     pub metrics: Arc<Metrics>,
     /// Recent entries of all logs.
     pub recent: Arc<RecentTotal>,
+    /// Files of purged segments.
+    pub files: FilePool,
     space: SpaceWatch,
     logs: Mutex<Logs>,
     /// A log was opened or could not be.
@@ -101,6 +106,8 @@ pub(crate) struct Engine {
     /// since each of them may still get work from another.
     active_count: AtomicUsize,
     stopped: AtomicBool,
+    /// There where the store has no threads.
+    steps: Option<Steps>,
 }
 
 /// What a log waits for.
@@ -168,10 +175,12 @@ impl Pool {
 
 #[derive(Default)]
 struct Chores {
-    fills: VecDeque<(Arc<LogCore>, Arc<Segment>)>,
+    /// Segments that want zeroes ahead, unless they are purged before: see `indexes`.
+    fills: VecDeque<(Arc<LogCore>, Weak<Segment>)>,
     checkpoints: VecDeque<(Arc<LogCore>, CheckpointWrite)>,
-    /// Full segments whose index is to be saved.
-    indexes: VecDeque<(Arc<LogCore>, Arc<Segment>)>,
+    /// Full segments whose index is to be saved, unless they are purged before: waiting here must not
+    /// keep their files from being used again.
+    indexes: VecDeque<(Arc<LogCore>, Weak<Segment>)>,
     marks: VecDeque<(Instant, Weak<LogCore>)>,
 }
 
@@ -193,19 +202,22 @@ impl Engine {
             Backend::Uring => Some(rings().map_err(|error| OpenError::NoUring { reason: error.to_string() })?),
         };
         let failed = |source| OpenError::Io { what: format!("starting the threads of {name}"), source };
-        let thread_count = options.thread_count.max(1);
+        let thread_count = options.thread_count;
         let uring = rings.is_some();
         let writers: io::Result<Vec<Box<Writer>>> = match rings {
             Some(rings) => rings.into_iter().map(|ring| Writer::new(Some(ring)).map(Box::new)).collect(),
-            None => (0..thread_count).map(|_| Writer::new(None).map(Box::new)).collect(),
+            None => (0..thread_count.max(1)).map(|_| Writer::new(None).map(Box::new)).collect(),
         };
         let pool = Pool { writers: writers.map_err(failed)?, ..Pool::default() };
         let metrics = Arc::<Metrics>::default();
         let recent = RecentTotal::new(Arc::clone(&metrics), options.recent_size_max, options.recent_total_max);
         let space = SpaceWatch::new(Arc::clone(&metrics));
         space.refresh(disk.as_ref());
+        let capacity = blocks::round_up(options.segment_size_max);
+        let files = FilePool::new(Arc::clone(&metrics), options.pool_size_max, capacity);
         let engine = Arc::new(Self {
             disk,
+            files,
             options,
             metrics,
             recent: Arc::new(recent),
@@ -222,7 +234,11 @@ impl Engine {
             rested: Condvar::new(),
             active_count: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
+            steps: (thread_count == 0).then(Steps::new),
         });
+        if thread_count == 0 {
+            return Ok((engine, Vec::new()));
+        }
         let mut threads = Vec::new();
         let mut spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(run)?);
@@ -268,10 +284,13 @@ impl Engine {
         self.space.now(&self.options)
     }
 
-    /// Asks the disk what is free.
+    /// Asks the disk what is free, and gives it the spare files when that is little.
     pub fn refresh_space(&self) {
         let before = self.space().state;
         self.space.refresh(self.disk.as_ref());
+        if !self.space().takes_spares() && self.files.clear(self.disk.as_ref(), None) {
+            self.space.refresh(self.disk.as_ref());
+        }
         let now = self.space();
         if now.state != before {
             let (name, free, reserve) = (self.disk.name(), now.free_size, now.reserve_size);
@@ -336,6 +355,7 @@ impl Engine {
             pool.push(core, next);
             pool.wakes()
         };
+        self.announce_step();
         if wakes {
             self.pool_ready.notify_one();
         }
@@ -362,22 +382,26 @@ impl Engine {
             if wakes {
                 self.pool_ready.notify_one();
             }
-            match work {
-                Work::Round(cores, writer) => {
-                    self.run_round(cores, writer);
-                    self.trim();
+            self.perform(work);
+        }
+    }
+
+    fn perform(&self, work: Work) {
+        match work {
+            Work::Round(cores, writer) => {
+                self.run_round(cores, writer);
+                self.trim();
+            }
+            Work::Operation(core) => {
+                let op = core.lock().queue.pop_front();
+                if let Some(op) = op
+                    && catch_unwind(AssertUnwindSafe(|| core.run(op))).is_err()
+                {
+                    // A broken rule of one log must not end the writes of all others.
+                    core.poison("an operation of the log panicked");
                 }
-                Work::Operation(core) => {
-                    let op = core.lock().queue.pop_front();
-                    if let Some(op) = op
-                        && catch_unwind(AssertUnwindSafe(|| core.run(op))).is_err()
-                    {
-                        // A broken rule of one log must not end the writes of all others.
-                        core.poison("an operation of the log panicked");
-                    }
-                    lock(&self.pool).running_count -= 1;
-                    self.release(core);
-                }
+                lock(&self.pool).running_count -= 1;
+                self.release(core);
             }
         }
     }
@@ -386,7 +410,8 @@ impl Engine {
     /// scheduled: `None` while anything else is written for any log.
     pub fn begin_turn(&self) -> Option<Box<Writer>> {
         let mut pool = lock(&self.pool);
-        let at_rest = pool.rounds.is_empty()
+        let at_rest = self.steps.is_none()
+            && pool.rounds.is_empty()
             && pool.writers.len() == self.writer_count
             && pool.operations.is_empty()
             && pool.running_count == 0;
@@ -472,29 +497,33 @@ impl Engine {
         let due = Instant::now() + Duration::from_millis(self.options.mark_delay_ms);
         lock(&self.chores).marks.push_back((due, Arc::downgrade(core)));
         self.chores_ready.notify_one();
+        self.announce_step();
     }
 
     pub fn request_checkpoint(&self, core: &Arc<LogCore>, write: CheckpointWrite) {
         lock(&self.chores).checkpoints.push_back((Arc::clone(core), write));
         self.chores_ready.notify_one();
+        self.announce_step();
     }
 
-    pub fn request_index(&self, core: &Arc<LogCore>, segment: Arc<Segment>) {
-        lock(&self.chores).indexes.push_back((Arc::clone(core), segment));
+    pub fn request_index(&self, core: &Arc<LogCore>, segment: &Arc<Segment>) {
+        lock(&self.chores).indexes.push_back((Arc::clone(core), Arc::downgrade(segment)));
         self.chores_ready.notify_one();
+        self.announce_step();
     }
 
     pub fn request_fill(&self, core: &Arc<LogCore>, segment: &Arc<Segment>) {
         let mut chores = lock(&self.chores);
-        let waits = chores.fills.iter().any(|(_, other)| Arc::ptr_eq(other, segment));
+        let waits = chores.fills.iter().any(|(_, other)| other.as_ptr() == Arc::as_ptr(segment));
         if !waits && chores.fills.len() < FILL_QUEUE_MAX {
-            chores.fills.push_back((Arc::clone(core), Arc::clone(segment)));
+            chores.fills.push_back((Arc::clone(core), Arc::downgrade(segment)));
             self.chores_ready.notify_one();
+            self.announce_step();
         }
     }
 
     fn run_chores(&self) {
-        let (mut next_fill_at, mut next_mark_at) = (Instant::now(), Instant::now());
+        let mut pace = Pace::new();
         let mut space_at = Instant::now();
         loop {
             if space_at.elapsed() >= self.space_interval() {
@@ -505,7 +534,7 @@ impl Engine {
                 let mut chores = lock(&self.chores);
                 loop {
                     let stopped = self.stopped.load(Ordering::SeqCst);
-                    if let Some(chore) = chores.take(Instant::now(), next_mark_at, stopped) {
+                    if let Some(chore) = chores.take(Instant::now(), pace.next_mark_at, stopped) {
                         self.begin();
                         break Some(chore);
                     }
@@ -517,20 +546,26 @@ impl Engine {
                         break None;
                     }
                     let next = chores.marks.front().filter(|_| !stopped);
-                    let due = next.map(|(due, _)| (*due).max(next_mark_at).saturating_duration_since(Instant::now()));
+                    let due =
+                        next.map(|(due, _)| (*due).max(pace.next_mark_at).saturating_duration_since(Instant::now()));
                     let wait = due.map_or(look_again, |due| due.min(look_again));
                     chores = self.chores_ready.wait_timeout(chores, wait).unwrap_or_else(PoisonError::into_inner).0;
                 }
             };
-            let Some(chore) = chore else { continue };
-            match chore {
-                Chore::Checkpoint(core, write) => checkpoint::perform(&core, write),
-                Chore::Index(core, segment) => index::save(&core, &segment),
-                Chore::Fill(core, segment) => self.fill(&core, &segment, &mut next_fill_at),
-                Chore::Mark(core) => self.sync_mark(&core, &mut next_mark_at),
+            if let Some(chore) = chore {
+                self.perform_chore(chore, &mut pace);
             }
-            self.end();
         }
+    }
+
+    fn perform_chore(&self, chore: Chore, pace: &mut Pace) {
+        match chore {
+            Chore::Checkpoint(core, write) => checkpoint::perform(&core, write),
+            Chore::Index(core, segment) => index::save(&core, &segment),
+            Chore::Fill(core, segment) => self.fill(&core, &segment, &mut pace.next_fill_at),
+            Chore::Mark(core) => self.sync_mark(&core, &mut pace.next_mark_at),
+        }
+        self.end();
     }
 
     fn space_interval(&self) -> Duration {
@@ -578,6 +613,18 @@ impl Engine {
     }
 }
 
+/// When the next chores of a kind may be done.
+struct Pace {
+    next_fill_at: Instant,
+    next_mark_at: Instant,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { next_fill_at: Instant::now(), next_mark_at: Instant::now() }
+    }
+}
+
 enum Chore {
     Checkpoint(Arc<LogCore>, CheckpointWrite),
     Index(Arc<LogCore>, Arc<Segment>),
@@ -587,14 +634,18 @@ enum Chore {
 
 impl Chores {
     fn take(&mut self, now: Instant, next_mark_at: Instant, stopped: bool) -> Option<Chore> {
-        if let Some((core, segment)) = self.fills.pop_front() {
-            return Some(Chore::Fill(core, segment));
+        while let Some((core, segment)) = self.fills.pop_front() {
+            if let Some(segment) = segment.upgrade() {
+                return Some(Chore::Fill(core, segment));
+            }
         }
         if let Some((core, write)) = self.checkpoints.pop_front() {
             return Some(Chore::Checkpoint(core, write));
         }
-        if let Some((core, segment)) = self.indexes.pop_front() {
-            return Some(Chore::Index(core, segment));
+        while let Some((core, segment)) = self.indexes.pop_front() {
+            if let Some(segment) = segment.upgrade() {
+                return Some(Chore::Index(core, segment));
+            }
         }
         while !stopped && next_mark_at <= now && self.marks.front().is_some_and(|(due, _)| *due <= now) {
             if let Some(core) = self.marks.pop_front().and_then(|(_, core)| core.upgrade()) {

@@ -5,16 +5,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use arqon_proto::planted::{self, Bug};
 use arqon_proto::{BATCH_HEADER_SIZE, Batch, Offset};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::checkpoint::{self, CheckpointKind};
 use crate::disk::{self, Disk};
+use crate::engine::Engine;
 use crate::index;
 use crate::layout::{MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, VOTE_FILE, What, seal};
 use crate::log::{LogCore, OnFlushed, State};
 use crate::metrics;
+use crate::pool;
 use crate::position::{LogPosition, index_after};
 use crate::repair::Repair;
 use crate::segment::Segment;
@@ -40,6 +43,9 @@ impl Done {
     }
 }
 
+/// Segments that a step drops, and the names of files that hold nothing of use.
+pub(crate) type Removed = (Vec<Arc<Segment>>, Vec<String>);
+
 /// One step of a log, in the order in which the log was changed in memory.
 pub(crate) enum Op {
     /// Create this segment.
@@ -61,7 +67,7 @@ pub(crate) enum Op {
         position: LogPosition,
         start_chain: u64,
         start_offset: Offset,
-        removed: Vec<Arc<Segment>>,
+        removed: Removed,
         done: Done,
     },
     /// Make the log empty behind `purged`.
@@ -70,7 +76,7 @@ pub(crate) enum Op {
         purged: Option<LogPosition>,
         start_chain: u64,
         start_offset: Offset,
-        removed: Vec<Arc<Segment>>,
+        removed: Removed,
         checkpoints: Vec<(CheckpointKind, Bytes)>,
         done: Done,
     },
@@ -165,7 +171,7 @@ pub(crate) enum Flushed {
 
 impl LogIo {
     fn save_manifest(&mut self, disk: &dyn Disk, dir: &str, manifest: Manifest) -> io::Result<()> {
-        disk::replace(disk, dir, MANIFEST_FILE, manifest.encode())?;
+        disk::replace(disk, dir, MANIFEST_FILE, manifest.encode(), disk::MANIFEST_POINTS)?;
         self.manifest = manifest;
         Ok(())
     }
@@ -198,16 +204,26 @@ pub(crate) fn copy(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }
 
-fn remove_segments(disk: &dyn Disk, dir: &str, segments: &[Arc<Segment>]) -> io::Result<()> {
-    for segment in segments {
-        for path in [segment.path(), disk::join(dir, &index::file_name(&segment.header))] {
-            match disk.remove(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+fn remove_segments(disk: &dyn Disk, dir: &str, segments: &[Arc<Segment>], lost: &[String]) -> io::Result<()> {
+    let of_segment = |segment: &Arc<Segment>| [segment.path(), disk::join(dir, &index::file_name(&segment.header))];
+    let lost = lost.iter().map(|name| disk::join(dir, name));
+    let paths: Vec<String> = segments.iter().flat_map(of_segment).chain(lost).collect();
+    if paths.is_empty() {
+        return Ok(());
+    }
+    remove_files(disk, &paths)?;
+    disk.sync_dir(dir)
+}
+
+/// Removes what is there of `paths`.
+fn remove_files(disk: &dyn Disk, paths: &[String]) -> io::Result<()> {
+    for path in paths {
+        match disk.remove(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
     }
-    if segments.is_empty() { Ok(()) } else { disk.sync_dir(dir) }
+    Ok(())
 }
 
 impl LogCore {
@@ -239,7 +255,7 @@ impl LogCore {
                 self.finish("truncation", done, result);
             }
             Op::Purge { position, start_chain, start_offset, removed, done } => {
-                let result = self.purge(position, start_chain, start_offset, &removed);
+                let result = self.purge(position, start_chain, start_offset, removed);
                 self.finish("purge", done, result);
             }
             Op::Restart { generation, purged, start_chain, start_offset, removed, checkpoints, done } => {
@@ -327,7 +343,9 @@ impl LogCore {
             io.unsynced_since = None;
         }
         let mark = Mark { next_index: group.last.index.0 + 1, chain: group.chain, ..io.next_mark(&self.lock()) };
-        io.write_mark(&group.segment, mark)
+        io.write_mark(&group.segment, mark)?;
+        planted::crash_point("mark-written");
+        Ok(())
     }
 
     /// Creates a segment. Everything before it was flushed, which its first mark says; then the
@@ -338,16 +356,25 @@ impl LogCore {
         let base = segment.header.base_index;
         let mark = Mark { next_index: base.0, chain: segment.header.chain, ..io.next_mark(&self.lock()) };
         let fill_size = if engine.space().state == SpaceState::Enough { engine.options.fill_size } else { 0 };
-        segment.create(engine.disk.as_ref(), &mark, fill_size)?;
+        let disk = engine.disk.as_ref();
+        match engine.files.take(&self.owner(), segment.header.capacity) {
+            Some(spare) => {
+                segment.recycle(disk, &mark, &spare, fill_size)?;
+                metrics::add(&engine.metrics.recycled_count, 1);
+            }
+            None => segment.create(disk, &mark, fill_size)?,
+        }
+        planted::crash_point("segment-begun");
         engine.refresh_space();
         io.mark = mark;
         io.unsynced_since = None;
         if let Some(before) = io.marked.replace(Arc::clone(segment)) {
             before.end_writes();
-            engine.request_index(self, before);
+            engine.request_index(self, &before);
         }
         let manifest = Manifest { tail: Some(base), ..io.manifest.clone() };
         io.save_manifest(engine.disk.as_ref(), &self.dir, manifest)?;
+        planted::crash_point("segment-in-manifest");
         metrics::add(&engine.metrics.roll_count, 1);
         Ok(())
     }
@@ -363,16 +390,21 @@ impl LogCore {
     ) -> io::Result<()> {
         let disk = self.engine.disk.as_ref();
         segment.end_writes();
+        // Entries that were cut off stand in it, whose like may be appended again.
+        segment.forbid_reuse();
         removed.iter().for_each(|segment| segment.end_writes());
         let mut io = self.lock_io();
         let mark = io.next_mark(&self.lock());
         io.write_mark(segment, Mark { next_index: index_after(keep), chain, sealed_at: Some(sealed_at), ..mark })?;
         segment.file()?.sync()?;
         io.unsynced_since = None;
+        planted::crash_point("truncate-marked");
         if !removed.is_empty() {
             let manifest = Manifest { tail: Some(segment.header.base_index), ..io.manifest.clone() };
             io.save_manifest(disk, &self.dir, manifest)?;
-            remove_segments(disk, &self.dir, removed)?;
+            planted::crash_point("truncate-in-manifest");
+            remove_segments(disk, &self.dir, removed, &[])?;
+            planted::crash_point("truncate-removed");
         }
         self.cut_done(keep);
         Ok(())
@@ -389,13 +421,54 @@ impl LogCore {
         position: LogPosition,
         start_chain: u64,
         start_offset: Offset,
-        removed: &[Arc<Segment>],
+        (removed, lost): Removed,
     ) -> io::Result<()> {
         let disk = self.engine.disk.as_ref();
         let mut io = self.lock_io();
         let manifest = Manifest { purged: Some(position), start_chain, start_offset, ..io.manifest.clone() };
         io.save_manifest(disk, &self.dir, manifest)?;
-        remove_segments(disk, &self.dir, removed)
+        planted::crash_point("purge-in-manifest");
+        self.retire(removed, &lost)?;
+        planted::crash_point("purge-removed");
+        Ok(())
+    }
+
+    /// Removes segments that were purged, or puts their files into the pool. Every entry that ever stood in such
+    /// a file is then below the log start, and was never cut off: in this log none can come again.
+    fn retire(&self, segments: Vec<Arc<Segment>>, lost: &[String]) -> io::Result<()> {
+        let Engine { disk, files, .. } = self.engine.as_ref();
+        let disk = disk.as_ref();
+        let has_space = self.engine.space().takes_spares();
+        let mut spares = Vec::new();
+        let mut removed: Vec<String> = lost.iter().map(|name| disk::join(&self.dir, name)).collect();
+        for segment in segments {
+            let (path, header) = (segment.path(), segment.header.clone());
+            removed.push(disk::join(&self.dir, &index::file_name(&header)));
+            let reusable =
+                if has_space && files.takes(header.capacity) { Segment::into_reusable(segment) } else { None };
+            let spare = reusable.map(|durable_end| (files.next_path(), durable_end));
+            // A pool on another file system is none.
+            match spare.filter(|(spare, _)| disk.rename(&path, spare).is_ok()) {
+                Some(spare) => spares.push(spare),
+                None => removed.push(path),
+            }
+        }
+        if removed.is_empty() {
+            return Ok(());
+        }
+        if !spares.is_empty() {
+            planted::crash_point("retire-renamed");
+        }
+        remove_files(disk, &removed)?;
+        planted::crash_point("retire-removed");
+        disk.sync_dir(&self.dir)?;
+        // Only now: a file that is a segment again must not come back under its old name.
+        let owner = self.owner();
+        for (path, durable_end) in spares {
+            pool::remove(disk, &files.put(path, durable_end, owner.clone()));
+            planted::crash_point("retire-pooled");
+        }
+        Ok(())
     }
 
     fn restart_on_disk(
@@ -404,7 +477,7 @@ impl LogCore {
         purged: Option<LogPosition>,
         start_chain: u64,
         start_offset: Offset,
-        removed: &[Arc<Segment>],
+        (removed, lost): &Removed,
         checkpoints: Vec<(CheckpointKind, Bytes)>,
     ) -> io::Result<()> {
         let disk = self.engine.disk.as_ref();
@@ -413,19 +486,25 @@ impl LogCore {
             let position = purged.ok_or_else(|| io::Error::other("a checkpoint needs a position"))?;
             checkpoint::write(self, kind, position, &bytes)?;
         }
+        planted::crash_point("install-checkpoint");
         let mut io = self.lock_io();
         let manifest = Manifest { generation, purged, start_chain, start_offset, tail: None, ..io.manifest.clone() };
         io.save_manifest(disk, &self.dir, manifest)?;
+        planted::crash_point("install-in-manifest");
         io.mark = Mark { next_index: index_after(purged), chain: start_chain, ..io.mark.clone() };
         io.marked = None;
-        remove_segments(disk, &self.dir, removed)?;
+        remove_segments(disk, &self.dir, removed, lost)?;
+        planted::crash_point("install-removed");
         drop(io);
         self.cut_done(purged);
         checkpoint::prune(self)
     }
 
     fn write_vote(&self, vote: Bytes) -> io::Result<()> {
-        disk::replace(self.engine.disk.as_ref(), &self.dir, VOTE_FILE, encode_vote(Some(&vote)))?;
+        if !planted::has(Bug::VoteNotSaved) {
+            let (disk, bytes) = (self.engine.disk.as_ref(), encode_vote(Some(&vote)));
+            disk::replace(disk, &self.dir, VOTE_FILE, bytes, disk::VOTE_POINTS)?;
+        }
         self.lock().vote = Some(vote);
         metrics::add(&self.engine.metrics.vote_count, 1);
         Ok(())

@@ -13,7 +13,8 @@
 use std::io;
 use std::sync::Arc;
 
-use arqon_proto::DecodeError;
+use arqon_proto::planted;
+use arqon_proto::{DecodeError, Header};
 use bytes::Bytes;
 
 use crate::disk::{Disk, join};
@@ -43,6 +44,12 @@ pub(crate) struct IndexPoint {
 }
 
 impl IndexPoint {
+    /// At the entry of `header`, which stands at byte `at`.
+    pub fn of(at: u64, time_before_ms: u64, header: &Header) -> Self {
+        let (index, offset) = (header.index.0, header.base_offset.0);
+        Self { at, index, offset, time_before_ms, chain: header.chain, term: header.term.0 }
+    }
+
     /// Whether the entry of `other` can come after that of this point.
     fn is_before(&self, other: &Self) -> bool {
         self.at < other.at && self.index < other.index && self.offset <= other.offset && self.term <= other.term
@@ -109,6 +116,7 @@ pub(crate) fn save(core: &LogCore, segment: &Arc<Segment>) {
 fn write(disk: &dyn Disk, dir: &str, name: &str, bytes: Vec<u8>) -> io::Result<()> {
     let (path, fresh) = (join(dir, name), join(dir, &format!("{name}.tmp")));
     disk.create(&fresh)?.write_at(&[Bytes::from(bytes)], 0)?;
+    planted::crash_point("index-written");
     disk.rename(&fresh, &path)
 }
 

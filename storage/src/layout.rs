@@ -44,6 +44,8 @@ pub(crate) const IDENTITY_FILE: &str = "identity";
 pub(crate) const PLACED_FILE: &str = "placed";
 pub(crate) const LOCK_FILE: &str = "lock";
 pub(crate) const LOGS_DIR: &str = "logs";
+/// Files of purged segments; see [`pool`](crate::pool).
+pub(crate) const POOL_DIR: &str = "pool";
 pub(crate) const MANIFEST_FILE: &str = "manifest";
 pub(crate) const VOTE_FILE: &str = "vote";
 /// There after a failed fsync: what the page cache says is not to be believed.

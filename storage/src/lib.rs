@@ -16,6 +16,7 @@
 //!                         /OFFSET-INDEX.seg
 //!                         /OFFSET-INDEX.idx
 //!                         /checkpoint-KIND-INDEX-TERM
+//!   DIR/pool/N.spare                    files of purged segments, for new ones
 //!
 //!   store.rs     opens a directory          recovery.rs  opens a log after a crash
 //!   log.rs       changes of a log           flush.rs     what they do on disk
@@ -23,6 +24,7 @@
 //!   recent.rs    entries in memory          turn.rs      a round on the thread that appends
 //!   segment.rs   one file                   layout.rs    its bytes
 //!   index.rs     where to enter a segment  space.rs    what the disk still takes
+//!   pool.rs      files that are used again
 //!   damage.rs    what cannot be read       repair.rs   and how it is put right
 //!   scrub.rs     looks for it
 //!   disk.rs      what is needed of a disk: real, in memory, faulty
@@ -31,7 +33,8 @@
 //! What a log must keep: an entry whose `on_flushed` ran with `Ok` is there after any crash, at
 //! its place and byte by byte; an entry that was truncated never comes back; a vote that was
 //! saved is the vote. Bytes of a batch are written once and never again, so maps of them stay
-//! valid: a truncation or a cut moves on to a new segment.
+//! valid: a truncation or a cut moves on to a new segment, and the file of a purged one becomes another
+//! only when nobody has a map of it.
 //!
 //! This crate knows neither Raft nor records: votes, checkpoints and payloads are bytes.
 
@@ -47,12 +50,15 @@ mod layout;
 mod log;
 mod metrics;
 mod options;
+mod place;
+mod pool;
 mod position;
 mod read;
 mod recent;
 mod recovery;
 mod repair;
 mod scrub;
+mod search;
 mod segment;
 mod space;
 mod store;

@@ -13,9 +13,10 @@ use crate::checkpoint::{CheckpointKind, CheckpointWrite};
 use crate::damage::DamageList;
 use crate::engine::{Engine, Next, Writer};
 use crate::error::Error;
-use crate::flush::{Done, Group, LogIo, Op};
+use crate::flush::{Done, Group, LogIo, Op, Removed};
 use crate::layout::SegmentHeader;
 use crate::metrics;
+use crate::pool::Owner;
 use crate::position::{LogPosition, index_after};
 use crate::recent::{Recent, RecentEntries};
 use crate::segment::{Segment, SegmentState};
@@ -61,6 +62,8 @@ pub(crate) struct State {
     /// Chain value that the next entry carries.
     pub chain: u64,
     pub incarnation: u64,
+    /// Whose files this log may take and leave; none: its own.
+    pub owner: Option<Arc<str>>,
     /// Raised when the log restarts empty.
     pub generation: u64,
     pub segments: VecDeque<SegmentState>,
@@ -151,6 +154,11 @@ impl LogCore {
 
     pub fn lock_io(&self) -> MutexGuard<'_, LogIo> {
         self.io.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whose files this log may take.
+    pub fn owner(&self) -> Owner {
+        self.lock().owner.clone().map_or(Owner::Log(self.group, self.replica), Owner::Named)
     }
 
     /// Gives the log to the engine unless the engine has it.
@@ -271,6 +279,12 @@ impl Log {
         self.core.replica
     }
 
+    /// Lets the files of purged segments pass between this log and all others of the same `owner`, whose
+    /// bytes may stand in them until they are written over. Without an owner, only this log uses them again.
+    pub fn set_owner(&self, owner: &str) {
+        self.core.lock().owner = Some(owner.into());
+    }
+
     /// Last entry dropped from the front, also by an installed snapshot.
     #[must_use]
     pub fn purged(&self) -> Option<LogPosition> {
@@ -294,6 +308,13 @@ impl Log {
     #[must_use]
     pub fn store_written_size(&self) -> u64 {
         self.core.engine.metrics.written_size.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Whether the store does its work on threads of its own; see
+    /// [`Store::has_threads`](crate::Store::has_threads).
+    #[must_use]
+    pub fn store_has_threads(&self) -> bool {
+        self.core.engine.has_threads()
     }
 
     /// What the disk of the store still takes; see [`Store::space`](crate::Store::space).
@@ -389,12 +410,26 @@ impl Log {
     /// # Panics
     /// An index that was purged.
     pub async fn truncate_from(&self, index: RaftIndex) -> io::Result<()> {
-        wait(self.start_truncate(index.0)?).await
+        wait(self.start_truncate(index.0, None)?).await
     }
 
-    fn start_truncate(&self, index: u64) -> io::Result<oneshot::Receiver<io::Result<()>>> {
+    /// Drops the entries behind `last`, as [`Log::truncate_from`] does from the index after it; all of them
+    /// without it. `last` itself need not be readable.
+    ///
+    /// # Errors
+    /// As [`Log::truncate_from`]; with a [`ReadError::Damaged`](crate::ReadError::Damaged) inside when the cut lies amid entries that
+    /// cannot be read, and nothing was changed then.
+    ///
+    /// # Panics
+    /// As [`Log::truncate_from`].
+    pub async fn truncate_after(&self, last: Option<LogPosition>) -> io::Result<()> {
+        wait(self.start_truncate(index_after(last), last)?).await
+    }
+
+    fn start_truncate(&self, index: u64, last: Option<LogPosition>) -> io::Result<oneshot::Receiver<io::Result<()>>> {
         let core = &self.core;
         let (done, receiver) = oneshot::channel();
+        core.examine_before(index);
         let mut state = core.lock();
         state.writable()?;
         assert!(index >= index_after(state.purged), "entry {index} was purged and cannot be truncated");
@@ -402,12 +437,15 @@ impl Log {
             core.enqueue(&mut state, Op::Barrier(Box::new(move |result| drop(done.send(result)))));
             return Ok(receiver);
         }
-        let (at, header) = core.locate(&state, index)?;
+        let begin = core.place_of(&state, index).map_err(io::Error::from)?;
         let last = match index.checked_sub(1) {
-            Some(before) if before >= index_after(state.purged) => {
-                let (_, header) = core.locate(&state, before)?;
-                Some(LogPosition { term: header.term, index: header.index })
-            }
+            Some(before) if before >= index_after(state.purged) => match last {
+                Some(last) => Some(last),
+                None => {
+                    let (_, header) = core.locate(&state, before)?;
+                    Some(LogPosition { term: header.term, index: header.index })
+                }
+            },
             _ => state.purged,
         };
 
@@ -420,25 +458,26 @@ impl Log {
         }
         let survivor = state.segments.back_mut().map(|tail| {
             if tail.next_index > index {
-                tail.cut(at, &header, last.map_or(0, |last| last.term.0));
+                tail.cut(&begin, last.map_or(0, |last| last.term.0));
             }
             (Arc::clone(&tail.segment), tail.end)
         });
         state.recent.keep_below(index);
+        // Lost files held committed entries, which are not truncated.
         state.damage.keep(0, index);
         state.last = last;
         state.flushed =
             state.flushed.filter(|flushed| flushed.index.0 < index).or(last.filter(|_| state.flushed.is_some()));
-        state.next_offset = header.base_offset;
-        state.chain = header.chain;
+        state.next_offset = Offset(begin.offset);
+        state.chain = begin.chain;
         state.tail_open = false;
         state.cuts.push_back(index);
         let done = Done::new(done);
         let op = match survivor {
             Some((segment, sealed_at)) => {
-                Op::Truncate { segment, sealed_at, removed, keep: last, chain: header.chain, done }
+                Op::Truncate { segment, sealed_at, removed, keep: last, chain: begin.chain, done }
             }
-            None => core.restart(&mut state, removed, Vec::new(), done),
+            None => core.restart(&mut state, (removed, Vec::new()), Vec::new(), done),
         };
         core.enqueue(&mut state, op);
         Ok(receiver)
@@ -449,10 +488,13 @@ impl Log {
     /// `position` with the offsets where they were; see [`Log::reset`] for other offsets.
     ///
     /// # Errors
-    /// The log is closed for writing, or the disk failed; the log is poisoned then.
+    /// The log is closed for writing, or the disk failed; the log is poisoned then. With a
+    /// [`ReadError::Damaged`](crate::ReadError::Damaged) inside when `position` lies amid entries that cannot be read: the chain value
+    /// behind it is not known, and nothing was changed.
     pub async fn purge_through(&self, position: LogPosition) -> io::Result<()> {
         let core = &self.core;
         let (done, receiver) = oneshot::channel();
+        core.examine_before(position.index.0 + 1);
         {
             let mut state = core.lock();
             state.writable()?;
@@ -475,15 +517,8 @@ impl Log {
         done: oneshot::Sender<io::Result<()>>,
     ) -> io::Result<()> {
         let start = position.index.0 + 1;
-        let (start_chain, start_offset) = if state.last.is_some_and(|last| last.index == position.index) {
-            (state.chain, state.next_offset)
-        } else if let Some(begins) = state.segments.iter().find(|segment| segment.base_index() == start) {
-            // The first entry of a segment need not be readable for this.
-            (begins.segment.header.chain, begins.segment.header.base_offset)
-        } else {
-            let (_, header) = self.core.locate(state, start)?;
-            (header.chain, header.base_offset)
-        };
+        let begin = self.core.place_of(state, start).map_err(io::Error::from)?;
+        let (start_chain, start_offset) = (begin.chain, Offset(begin.offset));
         let mut removed = Vec::new();
         while state.segments.len() > 1
             && let Some(first) = state.segments.front()
@@ -493,11 +528,11 @@ impl Log {
             state.segments.pop_front();
         }
         state.recent.keep_from(start);
-        state.damage.keep(start, u64::MAX);
+        let lost = state.damage.keep(start, u64::MAX);
         state.purged = Some(position);
         state.log_start = start_offset;
         let done = Done::new(done);
-        self.core.enqueue(state, Op::Purge { position, start_chain, start_offset, removed, done });
+        self.core.enqueue(state, Op::Purge { position, start_chain, start_offset, removed: (removed, lost), done });
         Ok(())
     }
 
@@ -541,13 +576,13 @@ impl Log {
     ) {
         let removed = state.segments.drain(..).rev().map(|segment| segment.segment).collect();
         state.recent.clear();
-        state.damage.keep(0, 0);
+        let lost = state.damage.keep(0, 0);
         state.purged = Some(position);
         state.last = Some(position);
         state.next_offset = next_offset;
         state.tail_open = false;
         state.cuts.push_back(0);
-        let op = self.core.restart(state, removed, checkpoints, Done::new(done));
+        let op = self.core.restart(state, (removed, lost), checkpoints, Done::new(done));
         self.core.enqueue(state, op);
     }
 
@@ -595,32 +630,11 @@ impl Log {
 }
 
 impl LogCore {
-    /// Byte and header of the entry at `index`, which is in the log. From memory if possible.
-    pub fn locate(&self, state: &State, index: u64) -> io::Result<(u64, Header)> {
-        if let Some(recent) = state.recent_at(index) {
-            return Ok((recent.at, recent.batch.header.clone()));
-        }
-        let count = state.segments.partition_point(|segment| segment.base_index() <= index);
-        let found = count.checked_sub(1).and_then(|at| state.segments.get(at));
-        let missing = || io::Error::other(format!("entry {index} is not where the index says"));
-        let segment = found.ok_or_else(missing)?;
-        let file = segment.segment.file()?;
-        let mut walk = crate::segment::Walk::new(file.as_ref(), segment.enter_index(index).at, segment.end);
-        loop {
-            match walk.next() {
-                Ok(Some((at, header))) if header.index.0 == index => return Ok((at, header)),
-                Ok(Some((_, header))) if header.index.0 < index => {}
-                Ok(_) => return Err(missing()),
-                Err(error) => return Err(io::Error::other(format!("{}: {error}", segment.segment.path()))),
-            }
-        }
-    }
-
     /// The operation that makes the log empty behind `state.last`, with a chain of its own.
     fn restart(
         &self,
         state: &mut State,
-        removed: Vec<Arc<Segment>>,
+        removed: Removed,
         checkpoints: Vec<(CheckpointKind, Bytes)>,
         done: Done,
     ) -> Op {

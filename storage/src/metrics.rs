@@ -97,6 +97,10 @@ pub struct Metrics {
     pub recent_size: AtomicU64,
     /// Segments created.
     pub roll_count: AtomicU64,
+    /// Segments created in the file of a purged one, of those created.
+    pub recycled_count: AtomicU64,
+    /// Bytes of files that wait for that.
+    pub pool_size: AtomicU64,
     /// Zero bytes written ahead.
     pub filled_size: AtomicU64,
     /// Votes made durable.

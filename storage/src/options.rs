@@ -51,6 +51,9 @@ pub struct Options {
     pub fill_size: u64,
     /// Zeroes written ahead per second, over all logs; beyond it appends extend their file.
     pub fill_rate_max: u64,
+    /// Bytes of files of purged segments that are kept for new ones, of all logs together; 0: none. They go
+    /// before the store is [`Low`](crate::SpaceState::Low).
+    pub pool_size_max: u64,
     /// Below this much free on the disk, or [`Self::reserve_percent_max`] of it if that is less, the
     /// store is [`Low`](crate::SpaceState::Low), and [`Full`](crate::SpaceState::Full) below a quarter of
     /// that. 0: never.
@@ -62,7 +65,8 @@ pub struct Options {
     pub scrub_rate_max: u64,
     /// Within about this time the durable mark is synced.
     pub mark_delay_ms: u64,
-    /// Threads that write, sync and create files.
+    /// Threads that write, sync and create files. 0: the store starts no threads at all, not for other
+    /// chores either, and whoever opened it calls [`Store::step`](crate::Store::step).
     pub thread_count: usize,
 }
 
@@ -83,6 +87,7 @@ impl Default for Options {
             flush_size_max: 8 << 20,
             fill_size: 256 << 10,
             fill_rate_max: 512 << 20,
+            pool_size_max: limits::SEGMENT_POOL_SIZE_MAX,
             reserve_size_max: limits::DISK_RESERVE_SIZE_MAX,
             reserve_percent_max: limits::DISK_RESERVE_PERCENT_MAX,
             scrub_rate_max: limits::SCRUB_RATE_MAX,

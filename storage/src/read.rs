@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use arqon_proto::{Batch, BatchKind, Header, Offset, RaftIndex, Term};
 
 use crate::damage::Damage;
+use crate::disk::is_unreadable;
 use crate::error::ReadError;
 use crate::index::IndexPoint;
 use crate::log::{Log, LogCore, State};
@@ -128,7 +129,7 @@ impl LogCore {
                 Ok(Some((_, header))) => header,
                 Ok(None) if walk.at >= span.end => return Ok(true),
                 Ok(None) => return Err(self.damage(&span, at, None, "the file ends too early".to_owned())),
-                Err(BatchError::Disk(error)) => return Err(error.into()),
+                Err(BatchError::Disk(error)) if !is_unreadable(&error) => return Err(error.into()),
                 Err(error) => return Err(self.damage(&span, at, None, error.to_string())),
             };
             if header.index.0 != span.index {
@@ -140,9 +141,7 @@ impl LogCore {
                 Step::Stop => return Ok(false),
                 Step::Take => match walk.batch(&segment, at, &header) {
                     Ok(batch) => take(batch),
-                    Err(BatchError::Disk(error)) if error.kind() != std::io::ErrorKind::UnexpectedEof => {
-                        return Err(error.into());
-                    }
+                    Err(BatchError::Disk(error)) if !BatchError::is_damage_of(&error) => return Err(error.into()),
                     Err(error) => return Err(self.damage(&span, at, Some(&header), error.to_string())),
                 },
             }

@@ -10,6 +10,7 @@
 //!   ------------------------------------+--------------------+----------------+--------------
 //!   zeroes, or the end of the file      | the end of the log | quarantine     | go round it
 //!   bytes that fail checks or the chain | cut there          | quarantine     | go round it
+//!   bytes that the device cannot read   | refuse             | quarantine     | go round it
 //!   a segment that does not continue    | cut there          | quarantine     | go round it
 //!   a whole batch of a newer format     | refuse             | refuse         | refuse
 //!   ------------------------------------+--------------------+----------------+--------------
@@ -19,6 +20,7 @@
 //!   manifest or vote bad or missing, segment of a newer generation: quarantine
 //!   a whole sealed block of a newer format, whatever it is: refuse
 //!   segment of an older generation, or wholly purged: leftover, removed
+//!   segment behind the newest mark, which says that the log was cut there: leftover, removed
 //!   checkpoint above the end of the log: removed
 //!   index file bad or missing: the segment is walked
 //! ```
@@ -38,12 +40,13 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
+use arqon_proto::planted::{self, Bug};
 use arqon_proto::{DecodeError, GroupId, Offset, RaftIndex, ReplicaId};
 use bytes::Bytes;
 
 use crate::checkpoint;
 use crate::damage::{Cursor, Damage, DamageList, Goal, Hole};
-use crate::disk::{self, Disk, File, join};
+use crate::disk::{self, Disk, File, is_unreadable, join};
 use crate::engine::Engine;
 use crate::error::OpenError;
 use crate::flush::LogIo;
@@ -136,6 +139,9 @@ struct Bounds<'a> {
 impl Bounds<'_> {
     /// Index after the last entry that may be gone round.
     fn known_end(&self) -> u64 {
+        if planted::has(Bug::CutAtDamage) {
+            return 0;
+        }
         self.committed_end.min(self.mark.next_index)
     }
 
@@ -185,7 +191,7 @@ pub(crate) fn recover(
     let mut manifest = opener.manifest()?;
     let vote = opener.vote()?;
     let names = opener.disk.list(&opener.dir).map_err(|error| opener.io(&opener.dir, error))?;
-    let Segments { found, lost, stale: mut leftover } = opener.segments(&names, &manifest)?;
+    let Segments { mut found, lost, stale: mut leftover } = opener.segments(&names, &manifest)?;
     let newest = found.iter().map(|found| &found.mark).max_by_key(|mark| mark.sequence);
     let mark = newest.cloned().unwrap_or(Mark {
         sequence: 0,
@@ -195,6 +201,13 @@ pub(crate) fn recover(
         committed: None,
     });
     let tail_is_there = manifest.tail.is_none_or(|tail| found.iter().any(|found| found.header.base_index == tail));
+    // A cut that was made, and of which some files are still there. They may even continue the chain, where the
+    // cut lies between two segments; one that was begun behind the cut has a newer mark.
+    if mark.sealed_at.is_some() {
+        let is_dropped =
+            |found: &Found| found.header.base_index.0 >= mark.next_index && found.mark.sequence < mark.sequence;
+        leftover.extend(found.extract_if(.., |found| is_dropped(found)).map(|found| found.name));
+    }
     let committed_end = mark.committed.map_or(0, |committed| committed.index.0 + 1);
     let mut walked = opener.walk(&Bounds { manifest: &manifest, mark: &mark, committed_end }, found)?;
     opener.place_lost(lost, index_after(manifest.purged), &mut walked)?;
@@ -325,13 +338,23 @@ impl Opener<'_> {
         for name in names.iter().filter(|name| name.ends_with(".seg")) {
             let path = join(&self.dir, name);
             let file = self.disk.open(&path).map_err(|error| self.io(&path, error))?;
-            let front = read_front(file.as_ref()).map_err(|error| self.io(&path, error))?;
+            let front = read_front(file.as_ref());
             let mut lose = |reason: String| match parse_file_name(name) {
                 Some((_, base_index)) => {
                     lost.push(Lost { name: name.clone(), base_index: base_index.0, reason });
                     Ok(())
                 }
                 None => Err(self.quarantine(format!("{name}: {reason}"))),
+            };
+            let is_tail = || parse_file_name(name).map(|(_, base)| base) == manifest.tail;
+            let front = match front {
+                Ok(front) => front,
+                // Of the newest one the next try may still read it: without it the replica is lost.
+                Err(error) if is_unreadable(&error) && !is_tail() => {
+                    lose(error.to_string())?;
+                    continue;
+                }
+                Err(error) => return Err(self.io(&path, error)),
             };
             let header = match front.header {
                 Ok(header) => header,
@@ -377,6 +400,7 @@ impl Opener<'_> {
     /// replaced and not yet removed.
     fn place_lost(&self, lost: Vec<Lost>, start: u64, walked: &mut Walked) -> Result<(), OpenError> {
         for Lost { name, base_index, reason } in lost {
+            let (is_empty, was_purged) = (walked.end.index == start, base_index < start);
             // It may begin with entries that were purged.
             let base_index = base_index.max(start);
             let hole = walked.damaged.iter_mut().find_map(|damage| match &mut damage.hole {
@@ -386,6 +410,8 @@ impl Opener<'_> {
             let stands = |segment: &SegmentState| (segment.base_index()..segment.next_index).contains(&base_index);
             match hole {
                 Some(files) => files.push(name),
+                // Where the log is empty by its mark, which is looked at next, all that it held was dropped.
+                None if is_empty && was_purged => walked.leftover.push(name),
                 None if walked.segments.iter().any(stands) => walked.leftover.push(name),
                 None => return Err(self.quarantine(format!("{name}: {reason}"))),
             }
@@ -404,7 +430,7 @@ impl Opener<'_> {
             Stop::Bad(reason) => Some(reason.as_str()),
             Stop::Sealed | Stop::Zeroes | Stop::Newer(_) => None,
         };
-        if index < mark.next_index {
+        if index < mark.next_index && !planted::has(Bug::CutAtDamage) {
             return Err(self.quarantine(format!(
                 "entries {index} to {} were durable and are lost or damaged, at {}: {}",
                 mark.next_index - 1,

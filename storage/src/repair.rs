@@ -5,15 +5,17 @@
 //! segment is written whole to a new file, synced, and takes the place of the old one by its name: a
 //! crash leaves the one or the other.
 
+use std::cell::Cell;
 use std::io;
 use std::sync::Arc;
 
+use arqon_proto::planted;
 use arqon_proto::{Batch, BatchKind, Header, RaftIndex, Term};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::damage::{Damage, Hole};
-use crate::disk::{File, blocks, join};
+use crate::disk::{File, blocks, join, read_around};
 use crate::flush::{Done, Op};
 use crate::index::IndexPoint;
 use crate::layout::{MARK_AT, Mark, SEGMENT_DATA_AT, SegmentHeader};
@@ -91,20 +93,44 @@ impl Repair {
     }
 }
 
-/// Copies bytes `from..end` of one file to the same place in another.
-fn copy(old: &dyn File, new: &dyn File, from: u64, end: u64) -> io::Result<()> {
-    let mut at = from;
-    while at < end {
-        let mut bytes = vec![0; usize::try_from(end - at).unwrap_or(usize::MAX).min(COPY_SIZE)];
-        let read = old.read_at(&mut bytes, at)?;
-        if read == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+/// A segment file that is written anew without some of its bytes.
+struct Copy<'a> {
+    old: &'a dyn File,
+    new: &'a dyn File,
+    /// Ranges of bytes, in order, that nobody needs: other damage, and what follows the entries.
+    needless: Vec<(u64, u64)>,
+    /// Where the device could not read what is needed.
+    unread_at: Cell<Option<u64>>,
+}
+
+impl Copy<'_> {
+    /// Copies bytes `from..end` to the same place. What is needless is zero where the device cannot read it.
+    fn run(&self, from: u64, end: u64) -> io::Result<()> {
+        let mut at = from;
+        while at < end {
+            let size = usize::try_from(end - at).unwrap_or(usize::MAX).min(COPY_SIZE);
+            let mut bytes = vec![0; size];
+            let read = read_around(self.old, &mut bytes, at, |part| {
+                let is_needless = self.is_needless(part.start, part.end);
+                if !is_needless {
+                    self.unread_at.set(Some(part.start));
+                }
+                is_needless
+            })?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            bytes.truncate(read);
+            self.new.write_at(&[Bytes::from(bytes)], at)?;
+            at += read as u64;
         }
-        bytes.truncate(read);
-        new.write_at(&[Bytes::from(bytes)], at)?;
-        at += read as u64;
+        Ok(())
     }
-    Ok(())
+
+    fn is_needless(&self, from: u64, to: u64) -> bool {
+        let ranges = self.needless.iter();
+        ranges.fold(from, |at, (begin, end)| if *begin <= at { at.max(*end) } else { at }) >= to
+    }
 }
 
 /// The segment that fills the hole at `first`.
@@ -146,28 +172,49 @@ impl LogCore {
     }
 
     fn repair_inside(self: &Arc<Self>, repair: &Repair, base: u64, at: u64, end: u64) -> io::Result<()> {
-        let segment = {
+        let gone = || io::Error::other(format!("segment {base} is gone"));
+        let (segment, needless) = {
             let state = self.lock();
-            state.segments.iter().find(|segment| segment.base_index() == base).map(|known| Arc::clone(&known.segment))
+            let known = state.segments.iter().find(|segment| segment.base_index() == base).ok_or_else(gone)?;
+            let inside = state.damage.iter().filter(|damage| damage.inside(known).is_some());
+            let ranges = inside.filter_map(Damage::bytes).chain([(known.end, u64::MAX)]);
+            (Arc::clone(&known.segment), ranges.collect())
         };
-        let segment = segment.ok_or_else(|| io::Error::other(format!("segment {base} is gone")))?;
         let old = segment.file()?;
         let size = old.size()?;
-        let file = self.write_fresh(&segment.path(), |file| {
+        let mut unread_at = None;
+        let written = self.write_fresh(&segment.path(), |file| {
+            let copy = Copy { old: old.as_ref(), new: file, needless, unread_at: Cell::default() };
             // The bytes of the hole are not even looked at: the disk may fail to read them.
-            copy(old.as_ref(), file, 0, at)?;
-            file.write_at(&repair.pieces, at)?;
-            copy(old.as_ref(), file, end, size.max(end))
-        })?;
+            let copied = copy
+                .run(0, at)
+                .and_then(|()| file.write_at(&repair.pieces, at))
+                .and_then(|()| copy.run(end, size.max(end)));
+            unread_at = copy.unread_at.get();
+            copied
+        });
+        let file = match (written, unread_at) {
+            (Err(error), Some(unread_at)) => {
+                // Once it is listed it stands in the way of nobody.
+                self.examine(&segment, unread_at);
+                return Err(io::Error::new(error.kind(), format!("{} byte {unread_at}: {error}", segment.path())));
+            }
+            (written, _) => written?,
+        };
         segment.replace_file(file);
         {
             let mut state = self.lock();
-            if let Some(known) = state.segments.iter_mut().find(|segment| segment.base_index() == base) {
-                known.fill_in(repair.points(at, self.engine.options.index_step), end, repair.time_ms());
+            let points = repair.points(at, self.engine.options.index_step);
+            let known = state.segments.iter_mut().find(|known| Arc::ptr_eq(&known.segment, &segment));
+            let known = known.map(|known| (known.end >= end, known));
+            match known {
+                // Purged or truncated while the file was written: these entries are not in the log any more.
+                None | Some((false, _)) => {}
+                Some((true, known)) => known.fill_in(points, end, repair.time_ms()),
             }
             state.damage.remove(&repair.damage);
         }
-        self.engine.request_index(self, segment);
+        self.engine.request_index(self, &segment);
         self.sync_names()
     }
 
@@ -215,7 +262,7 @@ impl LogCore {
             state.segments.insert(at, fresh);
             state.damage.remove(&repair.damage);
         }
-        self.engine.request_index(self, segment);
+        self.engine.request_index(self, &segment);
         self.sync_names()?;
         for other in lost.iter().filter(|other| **other != name) {
             match disk.remove(&join(&self.dir, other)) {
@@ -233,7 +280,9 @@ impl LogCore {
         let written = disk.create(&fresh).and_then(|file| {
             fill(file.as_ref())?;
             file.sync()?;
+            planted::crash_point("repair-written");
             disk.rename(&fresh, path)?;
+            planted::crash_point("repair-named");
             Ok(file)
         });
         if written.is_err() {

@@ -39,32 +39,51 @@ enum Step {
     RoundEnds,
 }
 
+/// The rounds of a store.
+pub(crate) struct Scrubber {
+    progress: Progress,
+    /// The next step begins a round.
+    begins: bool,
+    round_at: Instant,
+    round_size: usize,
+}
+
+impl Scrubber {
+    pub fn new() -> Self {
+        Self { progress: Progress::default(), begins: true, round_at: Instant::now(), round_size: 0 }
+    }
+
+    /// Reads some bytes; returns how long to rest then.
+    pub fn step(&mut self, engine: &Engine) -> Duration {
+        let begin = Instant::now();
+        if self.begins {
+            self.progress.logs = engine.logs().keys().copied().collect();
+        }
+        self.begins = false;
+        match engine.scrub_step(&mut self.progress) {
+            Step::Read(size) => {
+                self.round_size += size;
+                metrics::add(&engine.metrics.scrubbed_size, size);
+                let rate = engine.options.scrub_rate_max;
+                Duration::from_secs_f64(size as f64 / rate as f64).saturating_sub(begin.elapsed())
+            }
+            Step::RoundEnds => {
+                let is_empty = std::mem::take(&mut self.round_size) == 0;
+                let rest = if is_empty { EMPTY_PAUSE } else { ROUND_TIME_MIN.saturating_sub(self.round_at.elapsed()) };
+                metrics::add(&engine.metrics.scrub_round_count, usize::from(!is_empty));
+                (self.round_at, self.begins) = (Instant::now() + rest, true);
+                rest
+            }
+        }
+    }
+}
+
 impl Engine {
     /// Reads until the store stops.
     pub fn run_scrubber(&self) {
-        let rate = self.options.scrub_rate_max;
-        let (mut progress, mut begins) = (Progress::default(), true);
-        let (mut round_at, mut round_size) = (Instant::now(), 0);
+        let mut scrubber = Scrubber::new();
         while !self.stopped() {
-            let begin = Instant::now();
-            if begins {
-                progress.logs = self.logs().keys().copied().collect();
-            }
-            begins = false;
-            let pause = match self.scrub_step(&mut progress) {
-                Step::Read(size) => {
-                    round_size += size;
-                    metrics::add(&self.metrics.scrubbed_size, size);
-                    Duration::from_secs_f64(size as f64 / rate as f64).saturating_sub(begin.elapsed())
-                }
-                Step::RoundEnds => {
-                    let is_empty = std::mem::take(&mut round_size) == 0;
-                    let rest = if is_empty { EMPTY_PAUSE } else { ROUND_TIME_MIN.saturating_sub(round_at.elapsed()) };
-                    metrics::add(&self.metrics.scrub_round_count, usize::from(!is_empty));
-                    (round_at, begins) = (Instant::now() + rest, true);
-                    rest
-                }
-            };
+            let pause = scrubber.step(self);
             self.rest(pause);
         }
     }

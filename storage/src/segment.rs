@@ -5,18 +5,23 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use arqon_proto::planted;
 use arqon_proto::{BATCH_HEADER_SIZE, Batch, BatchKind, DecodeError, Header};
 use bytes::Bytes;
 
+use crate::damage::Cursor;
 use crate::disk::blocks::{self, READ_SIZE_MAX};
-use crate::disk::{BlockFile, Disk, File, join};
+use crate::disk::{BlockFile, Disk, File, is_unreadable, join};
 use crate::index::IndexPoint;
 use crate::layout::{BLOCK_SIZE, MARK_AT, Mark, SEGMENT_DATA_AT, SegmentHeader};
 use crate::options::INDEX_STEP;
+use crate::pool::Spare;
 use crate::position::LogPosition;
 
 /// Bytes read at once when headers are walked.
 const WINDOW_SIZE: usize = 64 << 10;
+/// The same at first, where the walk is likely to end soon.
+const WINDOW_SIZE_MIN: usize = 2 * BATCH_HEADER_SIZE;
 /// Readers that want fewer bytes than this go through the page cache: what one of them reads,
 /// others may read again.
 const CHUNK_SIZE_MIN: usize = 256 << 10;
@@ -35,7 +40,8 @@ const FILL_STEP_MAX: u64 = 8 << 20;
 /// ```
 ///
 /// Blocks up to `durable_end` are allocated and written for good, zeroes at least: replacing them
-/// changes nothing but their bytes.
+/// changes nothing but their bytes. In a file that was another segment before, old bytes stand in the
+/// place of those zeroes; but for the ones right behind the batches, which each write brings along.
 pub(crate) struct Segment {
     pub dir: String,
     pub header: SegmentHeader,
@@ -66,6 +72,9 @@ struct Fill {
     /// write-back once per handle, and a failure seen here must not hide from their sync.
     blocks: Option<Arc<dyn BlockFile>>,
     durable_end: u64,
+    /// Every block up to there was written in this run, and the segment was neither cut nor found damaged:
+    /// its file may become another segment.
+    reusable: bool,
     /// Byte after the last write of batches, finished or not.
     reserved_end: u64,
     /// Somebody writes zeroes and syncs them.
@@ -121,7 +130,7 @@ impl Segment {
         while fill.running {
             fill = self.filled.wait(fill).unwrap_or_else(PoisonError::into_inner);
         }
-        // Nothing is known of the blocks behind the batches, as in a segment that was opened.
+        // Nothing is known of its blocks, as in a segment that was opened.
         *fill = Fill { allowed, ..Fill::default() };
         drop(fill);
         *self.lock_tail() = Tail::default();
@@ -131,11 +140,7 @@ impl Segment {
     /// Creates the file with header, first mark and zeroes; durable when it returns. No batch
     /// may be written before, so that a file with this name always has a whole header.
     pub fn create(&self, disk: &dyn Disk, mark: &Mark, fill_size: u64) -> io::Result<()> {
-        let mut front = vec![0; usize::try_from(SEGMENT_DATA_AT).map_err(io::Error::other)?];
-        for (at, block) in [(0, self.header.encode()), (MARK_AT[0], mark.encode())] {
-            let at = usize::try_from(at).map_err(io::Error::other)?;
-            front[at..at + block.len()].copy_from_slice(&block);
-        }
+        let front = self.front(mark)?;
         let fresh = format!("{}.tmp", self.path());
         let file = disk.create(&fresh)?;
         file.write_at(&[Bytes::from(front)], 0)?;
@@ -148,13 +153,66 @@ impl Segment {
             at += zeroes.len() as u64;
         }
         file.sync()?;
+        planted::crash_point("segment-written");
         disk.rename(&fresh, &self.path())?;
+        planted::crash_point("segment-named");
         disk.sync_dir(&self.dir)?;
+        self.begin(file, [blocks, fill_blocks], at, fill_size);
+        Ok(())
+    }
+
+    /// Takes the file of `spare` instead of a new one; durable when it returns. The file is whole before it
+    /// gets its name, as a new one is: a crash leaves it in the pool or in its place. Of its old marks
+    /// none is left, and zeroes stand where the first batch goes.
+    pub fn recycle(&self, disk: &dyn Disk, mark: &Mark, spare: &Spare, fill_size: u64) -> io::Result<()> {
+        assert!(spare.durable_end <= self.header.capacity, "a spare file is no larger than its next segment may be");
+        let file = disk.open(&spare.path)?;
+        file.write_at(&[Bytes::from(self.front(mark)?)], 0)?;
+        let handles = [disk.open_blocks(&spare.path)?, disk.open_blocks(&spare.path)?];
+        handles[0].write(blocks::zeroes(BLOCK_SIZE as u64)?, SEGMENT_DATA_AT)?;
+        file.sync()?;
+        planted::crash_point("recycle-written");
+        disk.rename(&spare.path, &self.path())?;
+        planted::crash_point("recycle-named");
+        disk.sync_dir(&self.dir)?;
+        self.begin(file, handles, spare.durable_end, fill_size);
+        Ok(())
+    }
+
+    /// The blocks in front of the batches: header, first mark, no second one.
+    fn front(&self, mark: &Mark) -> io::Result<Vec<u8>> {
+        let mut front = vec![0; usize::try_from(SEGMENT_DATA_AT).map_err(io::Error::other)?];
+        for (at, block) in [(0, self.header.encode()), (MARK_AT[0], mark.encode())] {
+            let at = usize::try_from(at).map_err(io::Error::other)?;
+            front[at..at + block.len()].copy_from_slice(&block);
+        }
+        Ok(front)
+    }
+
+    /// Takes batches from now on, in a file whose blocks up to `durable_end` are durable.
+    fn begin(&self, file: Arc<dyn File>, blocks: [Arc<dyn BlockFile>; 2], durable_end: u64, step: u64) {
+        let [blocks, fill_blocks] = blocks;
         *self.lock_fill() =
-            Fill { allowed: true, blocks: Some(fill_blocks), durable_end: at, step: fill_size, ..Fill::default() };
+            Fill { allowed: true, blocks: Some(fill_blocks), durable_end, reusable: true, step, ..Fill::default() };
         self.lock_tail().blocks = Some(blocks);
         assert!(self.set_file(file).is_none(), "a segment is created once");
-        Ok(())
+    }
+
+    /// Never lets the file become another segment: entries were cut off, or the disk may be failing.
+    pub fn forbid_reuse(&self) {
+        self.lock_fill().reusable = false;
+    }
+
+    /// Gives up a segment that was purged. Says up to where the blocks of its file are durable when it may
+    /// become another segment: nobody has a handle, a map or a part of a map of it any more.
+    pub fn into_reusable(this: Arc<Self>) -> Option<u64> {
+        // Whoever reads, fills or saves the index of a segment holds it for as long.
+        let Self { file, tail, fill, .. } = Arc::into_inner(this)?;
+        let users = file.into_inner().unwrap_or_else(PoisonError::into_inner).map(|file| file.users());
+        drop(tail);
+        let Fill { reusable, durable_end, .. } = fill.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let is_unused = users.is_some_and(|users| users.strong_count() == 0);
+        (reusable && is_unused).then_some(durable_end)
     }
 
     /// Writes the next mark, without syncing it. A torn write leaves the other slot whole.
@@ -204,6 +262,15 @@ impl Segment {
     pub fn put_begun(&self, end: u64, begun: Vec<u8>) {
         let mut tail = self.lock_tail();
         (tail.end, tail.begun) = (end, begun);
+    }
+
+    /// Byte after the blocks that a write of batches up to `end` takes. Behind the last batch there is room
+    /// for the zeroes by which a reader knows that no other follows, whatever the file held before.
+    pub fn write_end(&self, end: u64) -> u64 {
+        let block_end = blocks::round_up(end);
+        let has_room = block_end - end >= BATCH_HEADER_SIZE as u64;
+        let more = block_end + BLOCK_SIZE as u64;
+        if has_room || more > self.header.capacity { block_end } else { more }
     }
 
     /// Takes the blocks up to `end` for a write of batches. Says whether they are durable
@@ -322,6 +389,13 @@ pub(crate) enum BatchError {
     Disk(#[from] io::Error),
 }
 
+impl BatchError {
+    /// Whether an error of the disk says that the bytes are lost, and not only out of reach now.
+    pub fn is_damage_of(error: &io::Error) -> bool {
+        error.kind() == io::ErrorKind::UnexpectedEof || is_unreadable(error)
+    }
+}
+
 /// What a log knows of one of its segments; changed under the log's lock.
 pub(crate) struct SegmentState {
     pub segment: Arc<Segment>,
@@ -336,6 +410,8 @@ pub(crate) struct SegmentState {
     pub last_time_ms: u64,
     index_step: u64,
     points: Vec<IndexPoint>,
+    /// The last entry cannot be read: the next one is a place to enter at.
+    ends_damaged: bool,
 }
 
 impl SegmentState {
@@ -343,8 +419,17 @@ impl SegmentState {
         let header = &segment.header;
         let (next_index, next_offset) = (header.base_index.0, header.base_offset.0);
         let (last_term, last_time_ms) = (header.term_before.0, header.time_before_ms);
-        let points = Vec::new();
-        Self { end: SEGMENT_DATA_AT, next_index, next_offset, last_term, last_time_ms, index_step, points, segment }
+        Self {
+            end: SEGMENT_DATA_AT,
+            next_index,
+            next_offset,
+            last_term,
+            last_time_ms,
+            index_step,
+            points: Vec::new(),
+            ends_damaged: false,
+            segment,
+        }
     }
 
     pub fn base_index(&self) -> u64 {
@@ -358,15 +443,9 @@ impl SegmentState {
     /// Counts a batch that stands at `self.end`.
     pub fn push(&mut self, header: &Header) {
         assert_eq!(header.index.0, self.next_index, "entries of a segment are consecutive");
-        if self.points.last().is_none_or(|point| self.end - point.at >= self.index_step) {
-            self.points.push(IndexPoint {
-                at: self.end,
-                index: header.index.0,
-                offset: header.base_offset.0,
-                time_before_ms: self.last_time_ms,
-                chain: header.chain,
-                term: header.term.0,
-            });
+        let is_far = self.points.last().is_none_or(|point| self.end - point.at >= self.index_step);
+        if std::mem::take(&mut self.ends_damaged) || is_far {
+            self.points.push(IndexPoint::of(self.end, self.last_time_ms, header));
         }
         self.end += header.batch_size() as u64;
         self.next_index += 1;
@@ -381,7 +460,11 @@ impl SegmentState {
     /// segment. The batch there comes next.
     pub fn jump(&mut self, points: &[IndexPoint]) {
         let Some((next, before)) = points.split_last() else { return };
-        self.points = before.to_vec();
+        // Those behind damage that the walk has met stay.
+        self.points.extend_from_slice(before);
+        self.points.retain(|point| point.at < next.at);
+        self.points.sort_by_key(|point| point.at);
+        self.points.dedup_by_key(|point| point.at);
         (self.end, self.next_index, self.next_offset) = (next.at, next.index, next.offset);
         self.last_time_ms = next.time_before_ms;
     }
@@ -392,9 +475,13 @@ impl SegmentState {
         self.points.push(point);
     }
 
+    /// The next entry is a place to enter at: what stands before it cannot be read.
+    pub fn enter_at_end(&mut self) {
+        self.ends_damaged = true;
+    }
+
     /// Adds a point, unless one is there.
-    pub fn add_point(&mut self, point: Option<IndexPoint>) {
-        let Some(mut point) = point else { return };
+    pub fn add_point(&mut self, mut point: IndexPoint) {
         let at = self.points.partition_point(|known| known.at < point.at);
         if self.points.get(at).is_none_or(|known| known.at > point.at) {
             let before =
@@ -420,12 +507,12 @@ impl SegmentState {
         &self.points
     }
 
-    /// Forgets everything from the entry whose header is `header`, which stands at `at`.
-    pub fn cut(&mut self, at: u64, header: &Header, last_term: u64) {
-        self.points.retain(|point| point.at < at);
-        self.end = at;
-        self.next_index = header.index.0;
-        self.next_offset = header.base_offset.0;
+    /// Forgets everything from the entry that begins at `begin`.
+    pub fn cut(&mut self, begin: &Cursor, last_term: u64) {
+        self.points.retain(|point| point.at < begin.at);
+        self.end = begin.at;
+        self.next_index = begin.index;
+        self.next_offset = begin.offset;
         self.last_term = last_term;
         // The time stays: it is an upper limit, and times never go back.
     }
@@ -477,6 +564,8 @@ pub(crate) struct Walk<'a> {
     chunk_at: u64,
     /// Up to where bytes are wanted, about, and so read; 0 for no such reads.
     chunk_end: u64,
+    /// Bytes read next time.
+    window_size: usize,
     /// Byte of the next header.
     pub at: u64,
     end: u64,
@@ -485,7 +574,12 @@ pub(crate) struct Walk<'a> {
 impl<'a> Walk<'a> {
     pub fn new(file: &'a dyn File, at: u64, end: u64) -> Self {
         let (window, chunk) = (Vec::new(), Bytes::new());
-        Self { file, window, window_at: 0, chunk, chunk_at: 0, chunk_end: 0, at, end }
+        Self { file, window, window_at: 0, chunk, chunk_at: 0, chunk_end: 0, window_size: WINDOW_SIZE, at, end }
+    }
+
+    /// For a walk that is likely to end soon: reads little at first.
+    pub fn growing(file: &'a dyn File, at: u64, end: u64) -> Self {
+        Self { window_size: WINDOW_SIZE_MIN, ..Self::new(file, at, end) }
     }
 
     /// For about `size` bytes of whole batches from `at` on.
@@ -507,7 +601,12 @@ impl<'a> Walk<'a> {
                 if needed > wanted as u64 {
                     return Ok(None);
                 }
-                let Some((from, bytes)) = self.file.read_past_cache(at, wanted)? else {
+                let read = match self.file.read_past_cache(at, wanted) {
+                    // What is wanted may stand beside what the device cannot read.
+                    Err(error) if is_unreadable(&error) => None,
+                    read => read?,
+                };
+                let Some((from, bytes)) = read else {
                     self.chunk_end = 0;
                     return Ok(None);
                 };
@@ -541,13 +640,32 @@ impl<'a> Walk<'a> {
             {
                 return Ok(Some(*bytes));
             }
-            let size = usize::try_from(self.end - self.at).unwrap_or(usize::MAX).min(WINDOW_SIZE);
-            self.window.resize(size, 0);
-            let read = self.file.read_at(&mut self.window, self.at)?;
-            self.window.truncate(read);
-            self.window_at = self.at;
+            self.read_window()?;
         }
         Ok(None)
+    }
+
+    fn read_window(&mut self) -> io::Result<()> {
+        let size = usize::try_from(self.end - self.at).unwrap_or(usize::MAX).min(self.window_size);
+        self.window_size = (self.window_size * 4).min(WINDOW_SIZE);
+        // Behind what the device cannot read in a window there may be a header that it can.
+        for size in [size, BATCH_HEADER_SIZE] {
+            self.window.resize(size, 0);
+            match self.file.read_at(&mut self.window, self.at) {
+                Ok(read) => {
+                    self.window.truncate(read);
+                    self.window_at = self.at;
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.window.clear();
+                    if size == BATCH_HEADER_SIZE || !is_unreadable(&error) {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The next header, decoded; the walk moves behind its batch.

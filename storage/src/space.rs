@@ -27,6 +27,8 @@ pub(crate) const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The hard reserve is this part of the soft one.
 const HARD_PART: u64 = 4;
+/// Files are kept for later while this many soft reserves are free.
+const POOL_PART: u64 = 2;
 /// The last part of the hard reserve takes nothing from a leader at all: a replica's own votes,
 /// marks and manifests need it.
 const BOTTOM_PART: u64 = 2;
@@ -65,6 +67,11 @@ impl Space {
             _ => SpaceState::Full,
         };
         Self { free_size, total_size: disk.total_size, reserve_size, state }
+    }
+
+    /// Whether files may be kept for later, whose space somebody else may need.
+    pub(crate) fn takes_spares(&self) -> bool {
+        self.free_size >= self.reserve_size.saturating_mul(POOL_PART)
     }
 
     /// Whether a follower should take entries of a leader: all of them unless the disk is full, and

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use arqon_proto::planted;
 use arqon_proto::{DecodeError, GroupId, Offset, ReplicaId, chain_start};
 use bytes::Bytes;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -18,12 +19,13 @@ use crate::engine::{Engine, Place};
 use crate::error::OpenError;
 use crate::flush::{Done, Op, encode_vote};
 use crate::layout::{
-    IDENTITY_FILE, LOCK_FILE, LOGS_DIR, MANIFEST_FILE, Manifest, PLACED_FILE, VOTE_FILE, What, decode_identity,
-    encode_identity, log_dir, parse_log_dir, seal, unseal,
+    IDENTITY_FILE, LOCK_FILE, LOGS_DIR, MANIFEST_FILE, Manifest, PLACED_FILE, POOL_DIR, VOTE_FILE, What,
+    decode_identity, encode_identity, log_dir, parse_log_dir, seal, unseal,
 };
 use crate::log::{Log, LogCore, wait};
 use crate::metrics::Metrics;
 use crate::options::{Identity, Options};
+use crate::pool::{self, Owner};
 use crate::recovery::{Recovery, recover};
 use crate::space::Space;
 
@@ -141,8 +143,10 @@ impl Store {
             check_placed(disk.as_ref())?;
         } else {
             let bytes = encode_identity(&identity.cluster, identity.node);
-            disk::replace(disk.as_ref(), ".", IDENTITY_FILE, bytes).map_err(failed(IDENTITY_FILE))?;
+            disk::replace(disk.as_ref(), ".", IDENTITY_FILE, bytes, disk::STORE_POINTS)
+                .map_err(failed(IDENTITY_FILE))?;
         }
+        pool::prepare(disk.as_ref()).map_err(failed(POOL_DIR))?;
         prepare_logs_dir(disk.as_ref()).map_err(failed(LOGS_DIR))?;
         let (engine, threads) = Engine::start(disk, options)?;
         let hold = StoreHold { engine, threads: Mutex::new(threads) };
@@ -159,6 +163,25 @@ impl Store {
     #[must_use]
     pub fn space(&self) -> Space {
         self.hold.engine.space()
+    }
+
+    /// Whether this store does its work on threads of its own. One that was opened with
+    /// [`Options::thread_count`] 0 has none: see [`Store::step`].
+    #[must_use]
+    pub fn has_threads(&self) -> bool {
+        self.hold.engine.has_threads()
+    }
+
+    /// In a store without threads: takes one step of what waits for the disk, on this thread, and runs
+    /// the callbacks that follow from it. False: nothing waits now. Some work comes with time alone, so
+    /// this should be called every 100 ms at least.
+    pub fn step(&self) -> bool {
+        self.hold.engine.step()
+    }
+
+    /// In a store without threads: until there is something for [`Store::step`]. Otherwise for ever.
+    pub async fn step_announced(&self) {
+        self.hold.engine.step_announced().await;
     }
 
     /// Counters of all logs together.
@@ -213,7 +236,7 @@ impl Store {
     /// The disk failed.
     pub fn set_placed(&self, bound: ReplicaId) -> io::Result<()> {
         let bytes = seal(What::Placed, &bound.0.to_le_bytes());
-        disk::replace(self.hold.engine.disk.as_ref(), ".", PLACED_FILE, bytes)
+        disk::replace(self.hold.engine.disk.as_ref(), ".", PLACED_FILE, bytes, disk::STORE_POINTS)
     }
 
     /// Opens the log of a replica placement, creating it when it is not there. What was not
@@ -234,11 +257,19 @@ impl Store {
         Ok((Log { core, _store: Arc::clone(&self.hold) }, Recovery { created, ..recovery }))
     }
 
-    /// Deletes a log, open or not; handles of it fail from then on. Waits for the disk.
+    /// Deletes a log, open or not; handles of it fail from then on. Waits for the disk. Its files are removed,
+    /// and none of them becomes a segment of another log.
     ///
     /// # Errors
     /// The disk failed.
     pub fn delete_log(&self, group: GroupId, replica: ReplicaId) -> io::Result<()> {
+        let engine = &self.hold.engine;
+        let result = self.delete_files(group, replica);
+        engine.files.clear(engine.disk.as_ref(), Some(&Owner::Log(group, replica)));
+        result
+    }
+
+    fn delete_files(&self, group: GroupId, replica: ReplicaId) -> io::Result<()> {
         let key = (group, replica);
         let open = self.hold.engine.logs_opened(|other| *other == key).remove(&key).and_then(|place| place.log());
         let Some(core) = open.filter(|core| !core.lock().closed) else {
@@ -250,6 +281,8 @@ impl Store {
             state.closed = true;
             core.enqueue(&mut state, Op::Delete(Box::new(move |result| drop(done.send(result)))));
         }
+        // Without threads, what stands before it in the queue is done here.
+        while !self.has_threads() && self.step() {}
         receiver.recv().unwrap_or_else(|_| Err(io::Error::other("the store was closed")))
     }
 
@@ -386,6 +419,7 @@ fn create_log(disk: &dyn Disk, group: GroupId, replica: ReplicaId) -> io::Result
     }
     disk.sync_dir(&fresh)?;
     disk.rename(&fresh, &dir)?;
+    planted::crash_point("log-created");
     disk.sync_dir(LOGS_DIR)?;
     Ok(true)
 }
@@ -398,6 +432,7 @@ pub(crate) fn delete_dir(disk: &dyn Disk, group: GroupId, replica: ReplicaId) ->
         result => result?,
     }
     disk.sync_dir(LOGS_DIR)?;
+    planted::crash_point("log-deleted");
     remove_tree(disk, &gone)?;
     disk.sync_dir(LOGS_DIR)
 }

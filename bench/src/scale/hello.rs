@@ -30,7 +30,7 @@ impl Deaf {
                 version: 1,
                 token: token.to_owned(),
                 client: "arqon-bench greedy".to_owned(),
-                credit_bytes: 0,
+                ..Default::default()
             };
             let frame = wire::Frame { request_id: 0, body: Some(Body::Hello(hello)) };
             stream.write_all(&encode_frame(&frame, 0).map_err(text)?).await.map_err(text)?;

@@ -23,7 +23,9 @@ use crate::Failure;
 
 pub(super) const MANIFEST_NAME: &str = "manifest.json";
 const FORMAT: &str = "arqonbus-topic-backup";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The first version knew neither `replication` nor `results_topic`.
+const VERSION_MIN: u32 = 1;
 const READ_BUFFER_SIZE: usize = 1 << 20;
 /// A manifest is a few hundred bytes a partition; this is far above.
 const MANIFEST_SIZE_MAX: u64 = 16 << 20;
@@ -41,6 +43,12 @@ pub(super) struct Manifest {
     pub retention_ms: u64,
     pub retention_bytes: u64,
     pub attempts_max: u32,
+    /// Copies of each partition; 0 in an old manifest: as many as a new topic gets.
+    #[serde(default)]
+    pub replication: u32,
+    /// Of a jobs topic; empty otherwise, and in an old manifest: as the jobs topic's name says.
+    #[serde(default)]
+    pub results_topic: String,
     pub partitions: Vec<PartitionFile>,
 }
 
@@ -81,6 +89,8 @@ impl Manifest {
             retention_ms: topic.retention_ms,
             retention_bytes: topic.retention_bytes,
             attempts_max: topic.attempts_max,
+            replication: topic.replication,
+            results_topic: topic.results_topic.clone(),
             partitions,
         }
     }
@@ -109,7 +119,7 @@ impl Manifest {
         }
         let Version { format, version } =
             serde_json::from_str(&text).map_err(|error| failed(format!("no manifest of a backup: {error}")))?;
-        if format != FORMAT || version != VERSION {
+        if format != FORMAT || !(VERSION_MIN..=VERSION).contains(&version) {
             return Err(failed(format!("format {format:?} version {version} is not one that this program knows")));
         }
         let manifest: Self = serde_json::from_str(&text).map_err(|error| failed(error.to_string()))?;

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 
-use arqon_proto::{Batch, Offset, RaftIndex, Term, TopicClass, wire};
+use arqon_proto::{Batch, Offset, RaftIndex, Term, TopicClass, results_topic_of, wire};
 use arqon_sdk::{Client, From, Submitted};
 use bytes::{Bytes, BytesMut};
 use indicatif::ProgressBar;
@@ -33,6 +33,9 @@ pub struct RestoreArgs {
     /// Name of the topic to make [default: that of the topic that was backed up]
     #[arg(long = "as", value_name = "NAME")]
     name: Option<String>,
+    /// Copies of each partition [default: as many as the topic that was backed up had]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    replication: Option<u32>,
     #[command(flatten)]
     connect: ConnectControl,
     /// Print one JSON document
@@ -62,7 +65,7 @@ pub(crate) async fn restore(args: RestoreArgs) -> Result<(), Failure> {
 
     let client = args.connect.client().await?;
     let target = Target { client: &client, name, producer_id: producer_id(&manifest, name) };
-    make_topic(&args.connect, &manifest, name).await?;
+    make_topic(&args.connect, topic_config(&manifest, name, args.replication)).await?;
     let count = client.describe_topic(name).await?.partitions.len();
     if count != manifest.partitions.len() {
         let problem = format!("it exists with {count} partitions, and the backup has {}", manifest.partitions.len());
@@ -102,22 +105,30 @@ fn producer_id(manifest: &Manifest, name: &str) -> [u8; 16] {
     uuid::Builder::from_custom_bytes(id).into_uuid().into_bytes()
 }
 
-async fn make_topic(connect: &ConnectControl, manifest: &Manifest, name: &str) -> Result<(), Failure> {
-    let is_jobs = |class: TopicClass| class == TopicClass::Jobs;
+/// The settings of the topic that is made of a backup.
+fn topic_config(manifest: &Manifest, name: &str, replication: Option<u32>) -> wire::TopicConfig {
     // A plain name gets the class that was backed up, if a plain name may have it.
     let class = match (TopicClass::of(name), manifest.class.as_str()) {
         (TopicClass::Events, class @ ("jobs" | "streams")) => class.to_owned(),
         _ => String::new(),
     };
-    let config = wire::TopicConfig {
+    let is_jobs = TopicClass::of(name) == TopicClass::Jobs || class == TopicClass::Jobs.name();
+    // A results topic that went by the name of its jobs topic goes by the new name.
+    let is_named = manifest.results_topic != results_topic_of(&manifest.topic);
+    wire::TopicConfig {
         name: name.to_owned(),
         partitions: u32::try_from(manifest.partitions.len()).unwrap_or(u32::MAX),
         retention_ms: manifest.retention_ms,
         retention_bytes: manifest.retention_bytes,
-        attempts_max: if is_jobs(TopicClass::of(name)) || class == "jobs" { manifest.attempts_max } else { 0 },
+        attempts_max: if is_jobs { manifest.attempts_max } else { 0 },
+        replication: replication.unwrap_or(manifest.replication),
+        results_topic: if is_jobs && is_named { manifest.results_topic.clone() } else { String::new() },
         class,
         ..Default::default()
-    };
+    }
+}
+
+async fn make_topic(connect: &ConnectControl, config: wire::TopicConfig) -> Result<(), Failure> {
     let mut control = connect.control().await?;
     let request = control.request(wire::CreateTopicRequest { config: Some(config) });
     match control.client().create_topic(request).await {
@@ -220,5 +231,57 @@ impl Target<'_> {
         let mut encoded = BytesMut::new();
         batch.encode_into(&mut encoded);
         encoded.freeze()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: &str = r#"{
+        "format": "arqonbus-topic-backup", "version": 1, "id": "x", "topic": "a.jobs", "class": "jobs",
+        "retention_ms": 1000, "retention_bytes": 7, "attempts_max": 4,
+        "partitions": [{
+            "partition": 0, "file": "partition-0.batches", "first_offset": 0, "end_offset": 0, "records": 0,
+            "batches": 0, "size": 0, "first_time_ms": 0, "last_time_ms": 0, "sha256": ""
+        }]
+    }"#;
+
+    fn read(text: &str) -> Result<Manifest, Failure> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("manifest.json"), text).unwrap();
+        Manifest::read(folder.path())
+    }
+
+    #[test]
+    fn a_restored_topic_has_the_settings_of_the_one_that_was_backed_up() {
+        let topic = wire::TopicDescription {
+            topic: "a.jobs".into(),
+            class: "jobs".into(),
+            replication: 2,
+            retention_ms: 1_000,
+            retention_bytes: 7,
+            attempts_max: 4,
+            results_topic: "all.results".into(),
+            ..Default::default()
+        };
+        let saved = Manifest::new(&topic, read(OLD).unwrap().partitions);
+        let saved = read(&serde_json::to_string(&saved).unwrap()).unwrap();
+        let config = topic_config(&saved, "b.jobs", None);
+        assert_eq!((config.replication, config.results_topic.as_str()), (2, "all.results"));
+        assert_eq!((config.retention_ms, config.retention_bytes, config.attempts_max), (1_000, 7, 4));
+        assert_eq!(topic_config(&saved, "b.jobs", Some(1)).replication, 1);
+        let events = Manifest { class: "events".into(), ..saved.clone() };
+        assert_eq!(topic_config(&events, "b.events", None).results_topic, "", "only a jobs topic has one");
+        let by_name = Manifest { results_topic: "a.results".into(), ..saved };
+        assert_eq!(topic_config(&by_name, "b.jobs", None).results_topic, "", "b.jobs gets b.results");
+    }
+
+    #[test]
+    fn manifests_of_older_programs_restore_and_those_of_newer_ones_are_refused() {
+        let config = topic_config(&read(OLD).unwrap(), "a.jobs", None);
+        assert_eq!((config.replication, config.results_topic.as_str(), config.attempts_max), (0, "", 4));
+        let refused = read(&OLD.replace("\"version\": 1", "\"version\": 3")).unwrap_err().to_string();
+        assert!(refused.contains("version 3"), "{refused}");
     }
 }

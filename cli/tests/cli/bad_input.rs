@@ -79,6 +79,15 @@ fn a_port_in_use() {
     assert!(error.contains(&address) && error.contains("in use"), "{error}");
 }
 
+/// It may be one of a cluster that has lost its disk.
+#[test]
+fn an_empty_data_directory_and_nobody_to_ask() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = node_config(folder.path(), &listen("127.0.0.1:0"));
+    let error = fail(&mut arqon(&["node", "--config", &path]), b"", 1);
+    assert!(error.contains("bootstrap") && error.contains("[[peers]]"), "{error}");
+}
+
 #[test]
 fn a_data_directory_of_somebody_else() {
     let folder = tempfile::tempdir().unwrap();

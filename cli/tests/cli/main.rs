@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod members;
+mod planted;
 mod running;
 mod samples;
 mod topics;

@@ -69,6 +69,35 @@ fn a_topic_is_altered_and_trimmed_while_it_is_used() {
     cluster.stop();
 }
 
+/// A group that nobody works in any more is found, looked at and deleted; the jobs stay.
+#[test]
+fn a_group_is_listed_described_and_deleted() {
+    let folder = tempfile::tempdir().unwrap();
+    let cluster = Cluster::start(1, folder.path());
+    succeed(&mut cluster.arqon(&["topic", "create", "a.jobs", "--partitions", "2"]), b"");
+    succeed(&mut cluster.arqon(&["topic", "create", "a.events"]), b"");
+    succeed(&mut cluster.arqon(&["publish", "a.jobs", "--key", "k"]), b"one\ntwo\nthree\n");
+    succeed(&mut cluster.arqon(&["work", "a.jobs", "--group", "g", "--limit", "2", "--exec", "cat"]), b"");
+    let listed = &documents(&mut cluster.arqon(&["group", "list", "a.jobs", "--json"]), b"")[0];
+    assert_eq!((&listed["groups"][0]["group"], &listed["groups"][0]["lag"]), (&"g".into(), &1.into()), "{listed}");
+    assert_eq!(listed["partitions_without_answer"], Value::Array(Vec::new()));
+    let described = succeed(&mut cluster.arqon(&["group", "describe", "a.jobs", "g"]), b"");
+    assert!(described.starts_with("PARTITION") && described.contains("LAG"), "{described}");
+    let error = fail(&mut cluster.arqon(&["group", "describe", "a.jobs", "h"]), b"", 1);
+    assert!(error.contains("\"h\"") && error.contains("it has g"), "{error}");
+    let error = fail(&mut cluster.arqon(&["group", "list", "a.events"]), b"", 1);
+    assert!(error.contains("only a jobs topic has groups"), "{error}");
+
+    let error = fail(&mut cluster.arqon(&["group", "delete", "a.jobs", "g"]), b"g\n", 2);
+    assert!(error.contains("--yes") && error.contains("nothing was changed"), "{error}");
+    let told = succeed(&mut cluster.arqon(&["group", "delete", "a.jobs", "g", "--yes"]), b"");
+    assert_eq!(told, "deleted group g of a.jobs in 1 partitions\n");
+    let error = fail(&mut cluster.arqon(&["group", "delete", "a.jobs", "g", "--yes"]), b"", 1);
+    assert!(error.contains("TARGET_NOT_FOUND") && error.contains("group \"g\""), "{error}");
+    assert_eq!(content(&cluster, "a.jobs").len(), 3, "the jobs stay");
+    cluster.stop();
+}
+
 /// Everything in a topic but what the bus sets anew, in order.
 fn content(cluster: &Cluster, topic: &str) -> Vec<Value> {
     let args = ["consume", topic, "--from", "earliest", "--stop-at-end", "--json"];

@@ -67,6 +67,10 @@ fn a_command_works_a_queue() {
 
     let status = &documents(&mut cluster.arqon(&["cluster", "status", "--json"]), b"")[0];
     assert_eq!((&status["leaderless_count"], &status["nodes"][0]["reachable"]), (&0.into(), &true.into()));
+    let told = succeed(&mut arqon(&["--version"]), b"");
+    let version = told.split_whitespace().nth(1).unwrap();
+    assert_eq!(status["nodes"][0]["program"], version, "a node tells the version of its program");
+    assert!(told.contains("between nodes: protocol versions 1 to 2") && version.contains('-'), "{told}");
     assert!(succeed(&mut cluster.arqon(&["topic", "describe", "demo.jobs"]), b"").contains("upper: settled to 2"));
     succeed(&mut cluster.arqon(&["topic", "delete", "demo.jobs"]), b"");
     fail(&mut cluster.arqon(&["topic", "describe", "demo.jobs"]), b"", 1);

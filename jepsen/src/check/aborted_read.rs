@@ -10,17 +10,20 @@ pub(super) fn check(key: &Key<'_>) -> Vec<Anomaly> {
     let failed: HashSet<u64> = failed.collect();
     let mut told = HashSet::new();
     let mut found = Vec::new();
+    if failed.is_empty() {
+        return found;
+    }
     for read in key.reads {
-        for (offset, value) in &read.values {
+        for (offset, value) in read.values.iter() {
             if let Some(value) = value
-                && failed.contains(value)
-                && told.insert(*value)
+                && failed.contains(&value)
+                && told.insert(value)
             {
                 let detail = format!(
                     "value {value} of {} was refused as surely not written, and process {} read it at offset {offset}",
                     key.name, read.process
                 );
-                found.push(Anomaly::new("aborted-read", key.name, detail).at(*value, *offset));
+                found.push(Anomaly::new("aborted-read", key.name, detail).at(value, offset));
             }
         }
     }

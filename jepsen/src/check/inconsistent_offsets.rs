@@ -3,20 +3,28 @@
 
 use super::{Anomaly, Key};
 
+/// Anomalies that are told with who saw which value.
+const STORY_COUNT_MAX: usize = 20;
+
 pub(super) fn check(key: &Key<'_>) -> Vec<Anomaly> {
-    let disputed = key.order.at.iter().filter(|(_, values)| values.len() > 1);
-    let tell = |(offset, values): (&u64, &Vec<u64>)| {
-        let tellers = values.iter().map(|value| format!("{value} ({})", teller(key, *offset, *value)));
-        let tellers = tellers.collect::<Vec<_>>().join(", ");
+    let disputed = key.order.entries.chunk_by(|one, other| one.0 == other.0).filter(|entries| entries.len() > 1);
+    let tell = |(index, entries): (usize, &[(u64, u64)])| {
+        let offset = entries[0].0;
+        // Who says what takes a walk through all reads; the first ones suffice.
+        let named = |value: &u64| match index {
+            0..STORY_COUNT_MAX => format!("{value} ({})", teller(key, offset, *value)),
+            _ => value.to_string(),
+        };
+        let tellers = entries.iter().map(|(_, value)| named(value)).collect::<Vec<_>>().join(", ");
         let detail = format!("offset {offset} of {} holds {tellers}", key.name);
-        Anomaly::new("inconsistent-offsets", key.name, detail).at(values[1], *offset)
+        Anomaly::new("inconsistent-offsets", key.name, detail).at(entries[1].1, offset)
     };
-    disputed.map(tell).collect()
+    disputed.enumerate().map(tell).collect()
 }
 
 /// Who says that `value` stands at `offset`.
 fn teller(key: &Key<'_>, offset: u64, value: u64) -> String {
-    let read = key.reads.iter().find(|read| read.values.contains(&(offset, Some(value))));
+    let read = key.reads.iter().find(|read| read.values.iter().any(|known| known == (offset, Some(value))));
     match read {
         Some(read) => match read.node {
             Some(node) => format!("read on node {node}"),

@@ -1,7 +1,7 @@
 //! Liveness: after the faults are healed, writes resume and the replicas converge in time.
 
-use super::Anomaly;
-use crate::history::{History, KeyHistory};
+use super::{Anomaly, queue};
+use crate::history::{History, KeyHistory, Outcome};
 
 /// Time from the heal to the next acknowledged write of each key, in seconds.
 pub const RESUME_SECONDS_MAX: u64 = 10;
@@ -29,16 +29,31 @@ pub(super) fn check(history: &History) -> Vec<Anomaly> {
         found.push(Anomaly::new("node-not-ready", "", detail).on(node));
     }
     for (name, key) in &history.keys {
-        if let Some(healed) = heal_time(history) {
-            found.extend(resumed(name, key, healed));
+        // Whether results go on is told by the jobs that have none.
+        if let Some(healed) = heal_time(history)
+            && queue::jobs_of(name).is_none()
+        {
+            found.extend(resumed(name, first_ack_after(key, healed), healed));
         }
         found.extend(converged(name, key, history));
+    }
+    if let Some(healed) = heal_time(history)
+        && !history.topics.is_empty()
+    {
+        found.extend(resumed("metadata", first_change_after(history, healed), healed));
     }
     found
 }
 
-fn resumed(name: &str, key: &KeyHistory, healed: u64) -> Option<Anomaly> {
-    let story = match first_ack_after(key, healed) {
+/// Time of the first acknowledgement of a change of topics that began at `from` or later.
+fn first_change_after(history: &History, from: u64) -> Option<u64> {
+    let changes = history.topics.values().flat_map(|topic| &topic.changes);
+    let done = changes.filter(|change| change.invoked >= from && matches!(change.outcome, Outcome::Ok { .. }));
+    done.filter_map(|change| change.answered).min()
+}
+
+fn resumed(name: &str, first: Option<u64>, healed: u64) -> Option<Anomaly> {
+    let story = match first {
         Some(time) if time - healed <= RESUME_SECONDS_MAX * NANOS => return None,
         Some(time) => format!("the first one came after {} ms", (time - healed) / 1_000_000),
         None => "none came".to_owned(),
@@ -51,13 +66,15 @@ fn resumed(name: &str, key: &KeyHistory, healed: u64) -> Option<Anomaly> {
 
 fn converged(name: &str, key: &KeyHistory, history: &History) -> Vec<Anomaly> {
     let acked = key.appends.iter().filter_map(|append| append.acked().map(|(_, time)| time));
-    let stopped = acked.chain(heal_time(history)).max().unwrap_or(0);
+    // A queue's workers finish before anybody asks the replicas.
+    let asked = key.reads.iter().filter(|read| read.last).map(|read| read.invoked).min();
+    let stopped = acked.chain(heal_time(history)).chain(asked).max().unwrap_or(0);
     let mut found = Vec::new();
-    for node in &history.nodes {
+    for node in key.replicas.as_ref().unwrap_or(&history.nodes) {
         let of_node = key.reads.iter().filter(|read| read.last && read.tail && read.node == Some(*node));
         let story = match of_node.map(|read| read.time).min() {
             Some(time) if time.saturating_sub(stopped) <= CONVERGE_SECONDS_MAX * NANOS => continue,
-            Some(time) => format!("it took {} ms", (time - stopped) / 1_000_000),
+            Some(time) => format!("it took {} ms", time.saturating_sub(stopped) / 1_000_000),
             None => "it never reached the end of the log".to_owned(),
         };
         let detail = format!("{name}: node {node} did not converge within {CONVERGE_SECONDS_MAX} s; {story}");
@@ -72,7 +89,7 @@ mod tests {
     use crate::history::{Fault, Read};
 
     fn heal() -> Fault {
-        Fault { f: "heal".into(), node: None, leads: Vec::new(), proven: true, open: false, time: NANOS }
+        Fault { f: "heal".into(), proven: true, time: NANOS, ..Fault::default() }
     }
 
     /// A heal at 1 s, then the acknowledgement and the end of the drain of node 1.
@@ -81,7 +98,7 @@ mod tests {
         history.faults.push(heal());
         let key = history.keys.entry("t/0".into()).or_default();
         key.appends = vec![story::acked(11, 0, 2 * NANOS, acked_second * NANOS)];
-        key.reads = vec![Read { time: drained_second * NANOS, ..story::drain(1, &[(0, 11)]) }];
+        key.reads = vec![Read { time: drained_second * NANOS, invoked: 5 * NANOS, ..story::drain(1, &[(0, 11)]) }];
         check(&history).iter().map(|anomaly| anomaly.kind).collect()
     }
 

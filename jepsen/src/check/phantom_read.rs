@@ -9,8 +9,8 @@ pub(super) fn check(key: &Key<'_>) -> Vec<Anomaly> {
     let mut told = HashSet::new();
     let mut found = Vec::new();
     for read in key.reads {
-        for (offset, value) in &read.values {
-            if value.is_some_and(|value| written.contains(&value)) || !told.insert((*offset, *value)) {
+        for (offset, value) in read.values.iter() {
+            if value.is_some_and(|value| written.contains(&value)) || !told.insert((offset, value)) {
                 continue;
             }
             let by = match read.node {
@@ -22,7 +22,7 @@ pub(super) fn check(key: &Key<'_>) -> Vec<Anomaly> {
                 None => format!("{by} read bytes of {} at offset {offset} that are no value", key.name),
             };
             let anomaly = Anomaly::new("phantom-read", key.name, detail);
-            found.push(Anomaly { value: *value, offset: Some(*offset), ..anomaly });
+            found.push(Anomaly { value, offset: Some(offset), ..anomaly });
         }
     }
     found
@@ -35,8 +35,8 @@ mod tests {
     #[test]
     fn values_from_nowhere_and_changed_bytes_are_found() {
         let mut history = story::good();
-        history.reads[0].values = vec![(0, Some(99))];
-        history.reads[1].values = vec![(1, None)];
+        history.reads[0].values = [(0, Some(99))].into_iter().collect();
+        history.reads[1].values = [(1, None)].into_iter().collect();
         let found = story::run(check, &history);
         assert_eq!(found.iter().map(|anomaly| anomaly.value).collect::<Vec<_>>(), [Some(99), None]);
         assert!(found.iter().all(|anomaly| anomaly.kind == "phantom-read"));

@@ -2,16 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::{APPEND_CHECKS, Anomaly, Key, Order, liveness};
-use crate::history::{History, Outcome};
+use super::{Anomaly, KEY_CHECKS, Key, Order, liveness, metadata, queue, tokens};
+use crate::history::{Fault, History, Outcome};
 
 /// Anomalies that are told in full, per kind; the rest is counted.
 const TOLD_COUNT_MAX: usize = 50;
 
+/// Time after a fault in which a standstill is put down to it when its end is not told, in nanoseconds.
+const FAILOVER_NANOS_MAX: u64 = 10_000_000_000;
+
 /// How often a fault was injected, and how often it is proven that it struck.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultCount {
     /// Which fault, for example `kill`.
     pub kind: String,
@@ -21,8 +24,8 @@ pub struct FaultCount {
     pub proven: u64,
 }
 
-/// Time from a kill to the next acknowledged write on the partitions that the victim led.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+/// How long the partitions that the victim of a fault led stood still, without an acknowledged write.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FailoverMs {
     /// The median.
     pub p50: f64,
@@ -30,6 +33,17 @@ pub struct FailoverMs {
     pub max: f64,
     /// Number of fail-overs measured.
     pub count: usize,
+}
+
+/// What the nodes had in memory, beyond files that they map, in MiB.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MemoryMib {
+    /// The median of all nodes over the first fifth of the looks.
+    pub begin: f64,
+    /// The same over the last fifth.
+    pub end: f64,
+    /// The most that any node had.
+    pub max: f64,
 }
 
 /// What a history shows.
@@ -41,15 +55,15 @@ pub struct Verdict {
     pub not_counted: Vec<String>,
     /// Operations invoked.
     pub ops: u64,
-    /// Appends acknowledged.
+    /// Writes acknowledged: appends, results, changes of topics.
     pub acked: u64,
-    /// Appends refused as surely not written.
+    /// Writes refused as surely without effect.
     pub failed: u64,
-    /// Appends whose outcome is unknown.
+    /// Writes whose outcome is unknown.
     pub unknown: u64,
-    /// Appends acknowledged between the first fault and the heal.
+    /// Writes acknowledged between the first fault and the heal.
     pub acked_during_faults: u64,
-    /// Appends begun and acknowledged after the heal.
+    /// Writes begun and acknowledged after the heal.
     pub acked_after_heal: u64,
     /// Reads that were answered.
     pub reads: u64,
@@ -61,10 +75,40 @@ pub struct Verdict {
     pub anomaly_counts: BTreeMap<&'static str, u64>,
     /// The anomalies, at most 50 of each kind.
     pub anomalies: Vec<Anomaly>,
-    /// How long a partition stood still when its leader was killed; absent without a kill of a leader.
+    /// How long a partition stood still when its leader was struck; absent when no leader was.
     pub failover_ms: Option<FailoverMs>,
+    /// What the nodes had in memory; absent when nobody looked.
+    pub memory_mib: Option<MemoryMib>,
     /// The seed that the history names.
     pub seed: Option<u64>,
+    /// What the clients did.
+    pub workloads: Vec<String>,
+    /// Number of nodes.
+    pub nodes: usize,
+    /// How long the history is.
+    pub seconds: f64,
+}
+
+impl Verdict {
+    /// Number of anomalies of all kinds.
+    #[must_use]
+    pub fn anomaly_total(&self) -> u64 {
+        self.anomaly_counts.values().sum()
+    }
+}
+
+/// A write of any kind.
+struct Write {
+    invoked: u64,
+    outcome: Outcome,
+}
+
+/// Appends, results, and changes of topics.
+fn writes(history: &History) -> impl Iterator<Item = Write> + '_ {
+    let appends = history.keys.values().flat_map(|key| &key.appends);
+    let appends = appends.map(|append| Write { invoked: append.invoked, outcome: append.outcome });
+    let changes = history.topics.values().flat_map(|topic| &topic.changes);
+    appends.chain(changes.map(|change| Write { invoked: change.invoked, outcome: change.outcome }))
 }
 
 /// Judges `history` by every checker.
@@ -73,11 +117,14 @@ pub fn judge(history: &History) -> Verdict {
     let mut all = Vec::new();
     for (name, key) in &history.keys {
         let order = Order::of(key);
-        let key = Key::new(name, key, &history.nodes, &order);
-        for check in APPEND_CHECKS {
+        let key = Key::new(name, key, history, &order);
+        for check in KEY_CHECKS {
             all.extend(check(&key));
         }
     }
+    all.extend(queue::check(history));
+    all.extend(metadata::check(history));
+    all.extend(tokens::check(history));
     all.extend(liveness::check(history));
 
     let mut anomaly_counts = BTreeMap::new();
@@ -89,10 +136,7 @@ pub fn judge(history: &History) -> Verdict {
             anomalies.push(anomaly);
         }
     }
-    let count = |wanted: fn(&Outcome) -> bool| {
-        let appends = history.keys.values().flat_map(|key| &key.appends);
-        appends.filter(|append| wanted(&append.outcome)).count() as u64
-    };
+    let count = |wanted: fn(&Outcome) -> bool| writes(history).filter(|write| wanted(&write.outcome)).count() as u64;
     let (acked_during_faults, acked_after_heal) = acked_around_faults(history);
     let mut verdict = Verdict {
         valid: false,
@@ -103,13 +147,17 @@ pub fn judge(history: &History) -> Verdict {
         unknown: count(|outcome| *outcome == Outcome::Unknown),
         acked_during_faults,
         acked_after_heal,
-        reads: history.keys.values().map(|key| key.reads.len() as u64).sum(),
+        reads: history.keys.values().map(|key| key.reads.len() as u64).sum::<u64>() + history.listings.len() as u64,
         values_read: history.keys.values().flat_map(|key| &key.reads).map(|read| read.values.len() as u64).sum(),
         faults: fault_counts(history),
         anomaly_counts,
         anomalies,
         failover_ms: failover(history),
+        memory_mib: memory(history),
         seed: history.seed,
+        workloads: history.workloads.clone(),
+        nodes: history.nodes.len(),
+        seconds: history.end as f64 / 1e9,
     };
     verdict.not_counted = why_not_counted(history, &verdict);
     verdict.valid = verdict.anomaly_counts.is_empty() && verdict.not_counted.is_empty();
@@ -119,12 +167,16 @@ pub fn judge(history: &History) -> Verdict {
 fn why_not_counted(history: &History, verdict: &Verdict) -> Vec<String> {
     let mut why = Vec::new();
     if verdict.acked == 0 {
-        why.push("no append was acknowledged".to_owned());
+        why.push("no write was acknowledged".to_owned());
     }
     for (name, key) in &history.keys {
         if !key.reads.iter().any(|read| read.last) {
             why.push(format!("{name} has no final read"));
         }
+    }
+    why.extend(tokens::why_not_counted(history));
+    if !history.topics.is_empty() && !history.listings.iter().any(|listing| listing.last) {
+        why.push("the topics were not listed at the end".to_owned());
     }
     for fault in &verdict.faults {
         if fault.proven == 0 {
@@ -133,17 +185,17 @@ fn why_not_counted(history: &History, verdict: &Verdict) -> Vec<String> {
     }
     if !verdict.faults.is_empty() {
         if verdict.acked_during_faults == 0 {
-            why.push("no append was acknowledged during the faults".to_owned());
+            why.push("no write was acknowledged during the faults".to_owned());
         }
         if verdict.acked_after_heal == 0 {
-            why.push("no append was acknowledged after the faults were healed".to_owned());
+            why.push("no write was acknowledged after the faults were healed".to_owned());
         }
     }
     why
 }
 
 /// Only what harms; starting a node again and healing are its end.
-fn harms(f: &str) -> bool {
+pub(crate) fn harms(f: &str) -> bool {
     !matches!(f, "restart" | "heal" | "not-ready")
 }
 
@@ -164,26 +216,53 @@ fn acked_around_faults(history: &History) -> (u64, u64) {
     };
     let healed = liveness::heal_time(history).unwrap_or(u64::MAX);
     let (mut during, mut after) = (0, 0);
-    for append in history.keys.values().flat_map(|key| &key.appends) {
-        let Some((_, time)) = append.acked() else { continue };
-        during += u64::from(append.invoked >= first && time < healed);
-        after += u64::from(append.invoked >= healed);
+    for write in writes(history) {
+        let Outcome::Ok { time, .. } = write.outcome else { continue };
+        during += u64::from(write.invoked >= first && time < healed);
+        after += u64::from(write.invoked >= healed);
     }
     (during, after)
 }
 
 fn failover(history: &History) -> Option<FailoverMs> {
+    let mut acks: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
     let mut times: Vec<f64> = Vec::new();
-    for kill in history.faults.iter().filter(|fault| fault.f == "kill") {
-        for key in kill.leads.iter().filter_map(|key| history.keys.get(key)) {
-            if let Some(time) = liveness::first_ack_after(key, kill.time) {
-                times.push((time - kill.time) as f64 / 1e6);
-            }
+    for fault in history.faults.iter().filter(|fault| harms(&fault.f)) {
+        for (name, key) in fault.leads.iter().filter_map(|name| history.keys.get_key_value(name)) {
+            let acks = acks.entry(name).or_insert_with(|| {
+                let mut acks: Vec<u64> =
+                    key.appends.iter().filter_map(|append| append.acked().map(|(_, time)| time)).collect();
+                acks.sort_unstable();
+                acks
+            });
+            times.extend(standstill(acks, fault).map(|nanos| nanos as f64 / 1e6));
         }
     }
     times.sort_by(f64::total_cmp);
     let max = *times.last()?;
     Some(FailoverMs { p50: times[times.len() / 2], max, count: times.len() })
+}
+
+fn memory(history: &History) -> Option<MemoryMib> {
+    let mib: Vec<f64> = history.memory.iter().map(|look| look.bytes as f64 / f64::from(1 << 20)).collect();
+    let fifth = mib.len().div_ceil(5);
+    let median = |part: &[f64]| {
+        let mut part = part.to_vec();
+        part.sort_by(f64::total_cmp);
+        part.get(part.len() / 2).copied()
+    };
+    let max = mib.iter().copied().max_by(f64::total_cmp)?;
+    Some(MemoryMib { begin: median(&mib[..fifth])?, end: median(&mib[mib.len() - fifth..])?, max })
+}
+
+/// The longest time without an acknowledgement that began while a fault went on. Not the first one after
+/// its begin: between the begin and the blow there may still be some.
+fn standstill(acks: &[u64], fault: &Fault) -> Option<u64> {
+    let until = fault.ended.unwrap_or(fault.time + FAILOVER_NANOS_MAX);
+    let first = acks.partition_point(|time| *time < fault.time);
+    let begins = [fault.time].into_iter().chain(acks[first..].iter().copied());
+    let gaps = begins.zip(&acks[first..]).take_while(|(begin, _)| *begin <= until);
+    gaps.map(|(begin, end)| end - begin).max()
 }
 
 #[cfg(test)]
@@ -205,6 +284,12 @@ mod tests {
 {"process":9,"type":"ok","f":"read","key":"t/0","node":1,"final":true,"tail":true,"value":[[0,1],[1,2]],"time":2000700}
 "#;
 
+    /// Its first append, and the same one by a process that never hears of it.
+    const FIRST: &str = r#"{"process":1,"type":"invoke","f":"append","key":"t/0","value":1,"time":150}
+{"process":1,"type":"ok","f":"append","key":"t/0","value":1,"offset":0,"time":2000100}"#;
+    const UNANSWERED: &str = r#"{"process":2,"type":"invoke","f":"append","key":"t/0","value":1,"time":150}
+{"process":2,"type":"info","f":"append","key":"t/0","value":1,"time":2000100}"#;
+
     fn judged(text: &str) -> Verdict {
         judge(&History::read(text.as_bytes()).unwrap())
     }
@@ -220,6 +305,21 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_grows_shows() {
+        let looks = (0..10).map(|at| {
+            format!(
+                "{{\"process\":\"nemesis\",\"type\":\"info\",\"f\":\"memory\",\"node\":1,\"value\":{},\"time\":{}}}\n",
+                (10 + at) << 20,
+                3_000_000 + at
+            )
+        });
+        let verdict = judged(&(RUN.to_owned() + &looks.collect::<String>()));
+        assert!(verdict.valid, "{verdict:?}");
+        assert_eq!(verdict.memory_mib, Some(MemoryMib { begin: 11.0, end: 19.0, max: 19.0 }));
+        assert_eq!(judged(RUN).memory_mib, None);
+    }
+
+    #[test]
     fn a_run_that_proves_nothing_is_not_valid_and_says_why() {
         let quiet = RUN.replace(
             "\"invoke\",\"f\":\"append\",\"key\":\"t/0\",\"value\":2",
@@ -230,7 +330,14 @@ mod tests {
             ("\"proven\":true,", "", "no kill is proven of 1 injected"),
             ("\"final\":true,", "", "t/0 has no final read"),
             ("\"time\":2000300", "\"time\":2000300,\"f2\":0", ""),
+            (FIRST, UNANSWERED, "no write was acknowledged during the faults"),
+            (
+                "\"ok\",\"f\":\"append\",\"key\":\"t/0\",\"value\":2,\"offset\":1",
+                "\"info\",\"f\":\"append\",\"key\":\"t/0\",\"value\":2",
+                "no write was acknowledged after the faults were healed",
+            ),
         ] {
+            assert_ne!(RUN.replace(from, to), RUN, "{why}");
             let verdict = judged(&RUN.replace(from, to));
             assert_eq!(verdict.not_counted.first().map(String::as_str).unwrap_or(""), why);
             assert_eq!(verdict.valid, why.is_empty());
@@ -243,5 +350,14 @@ mod tests {
         assert!(!verdict.valid);
         let lost = verdict.anomalies.iter().find(|anomaly| anomaly.kind == "lost-write").unwrap();
         assert_eq!((lost.key.as_str(), lost.value, lost.offset), ("t/0", Some(1), Some(0)));
+    }
+
+    #[test]
+    fn a_standstill_counts_from_the_blow_and_not_from_the_announcement() {
+        let fault = |ended| Fault { time: 100, ended, ..Fault::default() };
+        let acks = [90, 110, 120, 900, 910, 5_000];
+        assert_eq!(standstill(&acks, &fault(Some(500))), Some(780));
+        assert_eq!(standstill(&acks, &fault(None)), Some(4_090), "its end is not told");
+        assert_eq!(standstill(&acks[..1], &fault(None)), None, "nothing came any more: liveness tells");
     }
 }

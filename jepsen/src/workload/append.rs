@@ -11,12 +11,16 @@ use std::{
 use arqon_sdk::{Client, Delivery, Error, NewEvent, Producer, ProducerOptions, wire::ErrorCode};
 use tokio::{sync::Mutex, task::JoinSet, time::Instant};
 
-use super::{PROCESS_COUNT, Shared, finish, told};
+use super::{Shared, finish, read, tail, told};
 use crate::{
     history::{Kind, Line, Value},
     payload,
 };
 
+/// Producers per partition.
+const PRODUCER_COUNT: usize = 2;
+/// Processes that share one producer.
+const PROCESS_COUNT: usize = 8;
 /// Wait before a producer is opened again when no node answers.
 const REOPEN_PAUSE: Duration = Duration::from_millis(100);
 
@@ -31,11 +35,36 @@ struct Generation {
     retired: AtomicBool,
 }
 
+/// Starts producers and readers of each partition.
+pub(super) fn start(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) -> Result<(), Error> {
+    for partition in 0..shared.setup.partition_count {
+        producers(shared, partition, PRODUCER_COUNT, tasks)?;
+        read::start(shared, &shared.topic, partition, tasks)?;
+        tail::start(shared, partition, tasks)?;
+    }
+    Ok(())
+}
+
+/// Starts `count` producers of the workload's topic on one partition.
+pub(super) fn producers(
+    shared: &Arc<Shared>,
+    partition: u32,
+    count: usize,
+    tasks: &mut JoinSet<()>,
+) -> Result<(), Error> {
+    let interval = shared.interval(shared.setup.partition_count as usize * count * PROCESS_COUNT);
+    for _ in 0..count {
+        let client = shared.setup.client("producer")?;
+        tasks.spawn(run(shared.clone(), client, partition, interval));
+    }
+    Ok(())
+}
+
 /// Keeps one producer on `partition` alive until the workload stops.
-pub(super) async fn run(shared: Arc<Shared>, client: Client, partition: u32) {
+async fn run(shared: Arc<Shared>, client: Client, partition: u32, interval: Duration) {
     while !shared.stops() {
         let options = ProducerOptions { partition: Some(partition), ..ProducerOptions::default() };
-        let Ok(producer) = client.producer(&shared.setup.topic, options).await else {
+        let Ok(producer) = client.producer(&shared.topic, options).await else {
             // Nothing was asked of the log, so the history has nothing to tell.
             shared.pause(REOPEN_PAUSE).await;
             continue;
@@ -50,18 +79,21 @@ pub(super) async fn run(shared: Arc<Shared>, client: Client, partition: u32) {
         });
         let mut processes = JoinSet::new();
         for _ in 0..PROCESS_COUNT {
-            processes.spawn(process(generation.clone()));
+            processes.spawn(process(generation.clone(), interval));
         }
         finish(&mut processes).await;
     }
 }
 
-async fn process(generation: Arc<Generation>) {
+async fn process(generation: Arc<Generation>, interval: Duration) {
     let shared = &generation.shared;
-    let number = shared.new_process();
-    let interval = Duration::from_secs_f64(shared.setup.process_count() as f64 / f64::from(shared.setup.rate.max(1)));
+    let number = shared.history.new_process();
     let mut next = Instant::now();
     while !shared.stops() && !generation.retired.load(Ordering::Acquire) {
+        if shared.is_backed_up() {
+            shared.pause(REOPEN_PAUSE).await;
+            continue;
+        }
         if generation.append(number).await != Kind::Ok {
             generation.retired.store(true, Ordering::Release);
         }
@@ -75,9 +107,9 @@ impl Generation {
     /// One append from invocation to outcome, both recorded.
     async fn append(&self, process: u64) -> Kind {
         let shared = &self.shared;
-        let value = shared.next_value.fetch_add(1, Ordering::Relaxed);
-        let healed = shared.healed.load(Ordering::Acquire);
-        let key = shared.setup.key(self.partition);
+        let value = shared.new_value();
+        let healed = shared.is_healed();
+        let key = shared.key(self.partition);
         let (sent, line) = self.send(process, value, &key).await;
         let outcome = match sent {
             Ok(delivery) => delivery.await,
@@ -89,9 +121,7 @@ impl Generation {
         };
         shared.history.record(Line { kind, offset, error, ..line });
         if let Some(offset) = offset {
-            shared.ends[self.partition as usize].fetch_max(offset + 1, Ordering::AcqRel);
-            let count = &shared.acked_after_heal[self.partition as usize];
-            count.fetch_add(u64::from(healed), Ordering::Relaxed);
+            shared.acked(self.partition, offset, healed);
         }
         kind
     }
@@ -106,13 +136,13 @@ impl Generation {
         };
         self.shared.history.record(line.clone());
         *sequence += 1;
-        let event = NewEvent::new(payload::encode(self.partition, value));
+        let event = NewEvent::new(payload::encode(key, value));
         (self.producer.send(event).await.map_err(Error::from), line)
     }
 }
 
 /// `fail` only where the answer says that nothing was written; everything else is unknown.
-fn kind_of(error: &Error) -> Kind {
+pub(super) fn kind_of(error: &Error) -> Kind {
     if matches!(error, Error::Invalid { .. }) {
         return Kind::Fail;
     }

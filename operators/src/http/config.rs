@@ -8,14 +8,14 @@ use std::{
     time::Duration,
 };
 
-use arqon_proto::{TOKEN_SIZE_MAX, check_schema, limits, tls_client, wire};
+use arqon_proto::{TOKEN_SIZE_MAX, check_schema, limits, results_topic_of, tls_client, wire};
 use reqwest::{
     Url,
     header::{HeaderName, HeaderValue},
 };
 use serde::Deserialize;
 
-use crate::{ConfigError, Metrics, RunOptions, check_registration, results_topic_of};
+use crate::{ConfigError, Metrics, RunOptions, check_registration};
 
 /// Where the token is looked for when the file names none; the first that is set counts.
 pub const TOKEN_VARIABLES: [&str; 2] = ["ARQON_TOKEN", "ARQONBUS_TOKEN"];

@@ -18,7 +18,7 @@ use arqon_sdk::Client;
 use bus::{SdkBus, SdkQueue};
 pub use metrics::{JobEnd, Metrics};
 pub use operator::{JobError, Operator, failed_result, job_id, result_id};
-pub use options::{DRAIN_MAX, PARALLELISM_MAX, RunOptions, check_registration, results_topic_of};
+pub use options::{DRAIN_MAX, PARALLELISM_MAX, RunOptions, check_registration};
 pub use presence::{HEARTBEAT_SCHEMA, REGISTRATION_SCHEMA};
 
 use crate::Error;

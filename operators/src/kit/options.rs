@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use arqon_proto::{check_schema, check_tenant, check_topic, limits, wire};
+use arqon_proto::{check_schema, check_tenant, check_topic, limits, results_topic_of, wire};
 
 use super::metrics::Metrics;
 use crate::ConfigError;
@@ -90,12 +90,6 @@ impl RunOptions {
     }
 }
 
-/// `a.results` for `a.jobs`; `x.results` for any other `x`.
-#[must_use]
-pub fn results_topic_of(jobs_topic: &str) -> String {
-    format!("{}.results", jobs_topic.strip_suffix(".jobs").unwrap_or(jobs_topic))
-}
-
 /// Checks what is said about an operator when it registers.
 ///
 /// # Errors
@@ -130,8 +124,6 @@ mod tests {
 
     #[test]
     fn results_go_beside_their_jobs() {
-        assert_eq!(results_topic_of("genesis.jobs"), "genesis.results");
-        assert_eq!(results_topic_of("a.jobs.b"), "a.jobs.b.results");
         assert!(RunOptions::new("genesis.jobs", "g").check().is_ok());
     }
 

@@ -50,6 +50,8 @@ pub(crate) async fn serve(host: Arc<HostInner>, stream: TcpStream) -> io::Result
     let patience = Duration::from_millis(limits::HANDSHAKE_MS_MAX);
     let late = |_| io::Error::from(io::ErrorKind::TimedOut);
     let (mut reader, writer, dialler) = timeout(patience, accepting).await.map_err(late)??;
+    tracing::debug!(node = dialler.node.0, version = dialler.version, "peer let in");
+    host.dialled(dialler.node);
     let (answers, queue) = mpsc::channel(ANSWER_COUNT_MAX);
     let mut connection = Connection {
         host,

@@ -27,7 +27,6 @@ const IN_FLIGHT_SIZE_MAX: usize = 32 << 20;
 /// From here on, answers that nobody waits for any more are swept out on every request.
 const WAITING_COUNT_SWEEP: usize = 4096;
 const BACKOFF_MS_MIN: u64 = 25;
-const BACKOFF_MS_MAX: u64 = 500;
 
 type Answer = Result<(Message, Bytes), Failure>;
 
@@ -122,7 +121,7 @@ async fn run(
         let patience = Duration::from_millis(limits::HANDSHAKE_MS_MAX);
         let reason = match timeout(patience, dial(&target)).await {
             Ok(Ok(link)) => {
-                tracing::debug!(node = target.node.0, bulk = target.bulk, "peer connected");
+                tracing::debug!(node = target.node.0, bulk = target.bulk, version = link.version, "peer connected");
                 backoff_ms = BACKOFF_MS_MIN;
                 last_reason.clear();
                 connected.send_replace(true);
@@ -142,7 +141,7 @@ async fn run(
         }
         // Fail fast while the peer is away: a request that waits is worth less than an error.
         let wake = Instant::now() + Duration::from_millis(backoff_ms);
-        backoff_ms = (backoff_ms * 2).min(BACKOFF_MS_MAX);
+        backoff_ms = (backoff_ms * 2).min(limits::REDIAL_MS_MAX);
         loop {
             tokio::select! {
                 request = requests.recv() => match request {
@@ -157,6 +156,7 @@ async fn run(
 }
 
 struct Link {
+    version: u32,
     reader: FrameReader<secure::Reader>,
     writer: FrameWriter<secure::Writer>,
 }
@@ -170,8 +170,8 @@ async fn dial(target: &Target) -> std::io::Result<Link> {
     let (reader, writer) = secure::connect(stream, &address, target.tls.as_ref()).await?;
     let mut reader = FrameReader::new(reader);
     let mut writer = FrameWriter::new(writer);
-    target.secret.dial(&mut reader, &mut writer, target.own_node, target.node, target.bulk).await?;
-    Ok(Link { reader, writer })
+    let version = target.secret.dial(&mut reader, &mut writer, target.own_node, target.node, target.bulk).await?;
+    Ok(Link { version, reader, writer })
 }
 
 #[derive(Default)]
@@ -194,7 +194,7 @@ impl Waiting {
 /// Runs one connection until it breaks (the reason) or all handles are gone (`None`).
 async fn converse(link: Link, requests: &mut mpsc::Receiver<Request>, reset: &Notify) -> Option<String> {
     let waiting = Arc::new(Waiting::default());
-    let Link { mut reader, mut writer } = link;
+    let Link { mut reader, mut writer, .. } = link;
     let reading = async {
         loop {
             match reader.next().await {

@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use arqon_proto::{Batch, BatchBuilder, Compression, DecodeError, GroupId, NodeId, Offset, Record, ReplicaId};
+use arqon_proto::{
+    Batch, BatchBuilder, BatchKind, Compression, DecodeError, GroupId, NodeId, Offset, Record, ReplicaId,
+};
 use arqon_raft::{Group, GroupSpec, Host, HostOptions, OpenError, PeerTls, StateMachine};
 use arqon_storage::Store;
 use bytes::Bytes;
@@ -21,11 +23,17 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Clone, Default)]
 pub struct Sizes(pub Arc<Mutex<Vec<u8>>>);
 
+/// A control entry that only a newer program knows.
+pub const NEWER: &[u8] = b"newer";
+
 impl StateMachine for Sizes {
-    fn apply(&mut self, batch: &Batch) -> Bytes {
+    fn apply(&mut self, batch: &Batch) -> Result<Bytes, DecodeError> {
+        if batch.header.kind == BatchKind::Control && batch.records == NEWER {
+            return Err(DecodeError::Unknown { what: "entry" });
+        }
         let mut sizes = self.0.lock().unwrap();
         sizes.push(batch.header.records_size as u8);
-        Bytes::from(vec![sizes.len() as u8])
+        Ok(Bytes::from(vec![sizes.len() as u8]))
     }
 
     fn checkpoint(&self) -> Bytes {
@@ -63,7 +71,15 @@ pub async fn open_node(
     let initial = addresses.iter().map(|(node, _)| (ReplicaId(100 + node.0), *node)).collect();
     let applied = Sizes::default();
     let replica = ReplicaId(100 + id);
-    let spec = GroupSpec { group: GROUP, replica, initial, may_create: true, first: id == 1, followers_act: false };
+    let spec = GroupSpec {
+        group: GROUP,
+        replica,
+        initial,
+        may_create: true,
+        first: id == 1,
+        followers_act: false,
+        owner: "test".to_owned(),
+    };
     match host.open(spec, Box::new(applied.clone())).await {
         Ok(group) => Ok(Node { host, group, applied }),
         Err(error) => {

@@ -17,6 +17,8 @@ pub struct State {
     pub addresses: Vec<String>,
     /// `NOT_LEADER` answers name the leader.
     pub names_leader: bool,
+    /// Whom nodes that are cut off from the others take for the leader of everything; `None`: nobody.
+    pub cut_off: HashMap<usize, Option<usize>>,
     /// Requests seen, by the name of their body.
     pub seen: HashMap<&'static str, u32>,
 }
@@ -132,7 +134,7 @@ impl State {
                 Ok((Body::Welcome(welcome), Vec::new()))
             }
             Body::Ping(_) => Ok((Body::Pong(wire::Pong {}), Vec::new())),
-            Body::DescribeTopic(asked) => self.describe(&asked.topic),
+            Body::DescribeTopic(asked) => self.describe(node, &asked.topic),
             Body::Produce(produce) => self.produce(node, produce, payload),
             Body::Fetch(fetch) => {
                 let node = node.filter(|_| !fetch.any_replica);
@@ -161,17 +163,21 @@ impl State {
         }
     }
 
-    fn describe(&mut self, topic: &str) -> Answer {
+    fn describe(&mut self, node: Option<usize>, topic: &str) -> Answer {
         *self.seen.entry("describe").or_default() += 1;
         let unknown = error(ErrorCode::TargetNotFound, &format!("topic {topic} does not exist"), "topic");
         let found = self.topics.get(topic).ok_or(unknown)?;
         let nodes: Vec<u64> = (1..=self.addresses.len() as u64).collect();
-        let partitions = found.leaders.iter().enumerate().map(|(partition, leader)| wire::PartitionDescription {
-            partition: partition as u32,
-            leader_node: *leader as u64 + 1,
-            leader_address: self.addresses[*leader].clone(),
-            replica_nodes: nodes.clone(),
-            replica_addresses: self.addresses.clone(),
+        let believed = node.and_then(|node| self.cut_off.get(&node));
+        let partitions = found.leaders.iter().enumerate().map(|(partition, leader)| {
+            let leader = believed.copied().unwrap_or(Some(*leader));
+            wire::PartitionDescription {
+                partition: partition as u32,
+                leader_node: leader.map_or(0, |leader| leader as u64 + 1),
+                leader_address: leader.map_or_else(String::new, |leader| self.addresses[leader].clone()),
+                replica_nodes: nodes.clone(),
+                replica_addresses: self.addresses.clone(),
+            }
         });
         let description =
             wire::TopicDescription { topic: topic.to_owned(), partitions: partitions.collect(), ..Default::default() };

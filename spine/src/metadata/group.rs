@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use arqon_proto::{
-    Batch, BatchKind, DecodeError, GroupId, LEASE_KEY_SIZE, LeaseKey, NodeId, RaftIndex, ReplicaId, wire,
+    Batch, BatchKind, DecodeError, GroupId, LEASE_KEY_SIZE, LeaseKey, NodeId, RaftIndex, ReplicaId, SYSTEM_TENANT, wire,
 };
 use arqon_raft::{ForwardError, Group, GroupSpec, Host, OpenError, ProposeError, StateMachine};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -29,8 +29,8 @@ const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// A new lease key takes over after this time under one leader.
 const LEASE_KEY_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
-/// Elections and their first entries before the first command of a cluster, at most.
-const FRESH_COUNT_MAX: u64 = 64;
+/// Bytes of entries looked at in one go for the first command of a cluster.
+const FRESH_READ_SIZE: usize = 64 << 10;
 
 const OUTCOME_OK: u8 = 0;
 const OUTCOME_REFUSED: u8 = 1;
@@ -78,19 +78,19 @@ impl Machine {
 }
 
 impl StateMachine for Machine {
-    fn apply(&mut self, batch: &Batch) -> Bytes {
+    fn apply(&mut self, batch: &Batch) -> Result<Bytes, DecodeError> {
         if batch.header.kind != BatchKind::Control {
-            return Bytes::new();
+            return Ok(Bytes::new());
         }
         let outcome = match wire::MetadataCommand::decode(batch.records.clone()) {
-            Ok(command) => self.state.apply(command),
+            Ok(command) => self.state.apply(known(command)?),
             // Every replica sees the same bytes and refuses them alike.
             Err(_) => Err(error(ErrorCode::ValidationError, "the command is not valid protobuf")),
         };
         if outcome.is_ok() {
             self.publish();
         }
-        encode_outcome(outcome.map(|_| ()))
+        Ok(encode_outcome(outcome.map(|_| ())))
     }
 
     fn checkpoint(&self) -> Bytes {
@@ -121,14 +121,15 @@ impl MetadataReader {
 }
 
 impl StateMachine for MetadataReader {
-    fn apply(&mut self, batch: &Batch) -> Bytes {
+    fn apply(&mut self, batch: &Batch) -> Result<Bytes, DecodeError> {
         if batch.header.kind == BatchKind::Control
             && let Ok(command) = wire::MetadataCommand::decode(batch.records.clone())
         {
             // What is refused changes nothing.
+            let command = known(command)?;
             self.0.send_modify(|state| drop(state.apply(command)));
         }
-        Bytes::new()
+        Ok(Bytes::new())
     }
 
     fn checkpoint(&self) -> Bytes {
@@ -142,6 +143,14 @@ impl StateMachine for MetadataReader {
 
     fn fresh(&self) -> Box<dyn StateMachine> {
         Box::new(Self::new().0)
+    }
+}
+
+/// A command that this program knows.
+fn known(command: wire::MetadataCommand) -> Result<wire::MetadataCommand, DecodeError> {
+    match command.command {
+        Some(_) => Ok(command),
+        None => Err(DecodeError::Unknown { what: "metadata command" }),
     }
 }
 
@@ -207,6 +216,7 @@ impl MetadataGroup {
             // Whether it may begin with an empty log was decided with its place.
             may_create: true,
             followers_act: true,
+            owner: SYSTEM_TENANT.to_owned(),
         };
         let group = host.open(spec, Box::new(machine)).await?;
         Ok(Self { node, forms, host: host.clone(), group, published, caught_up: Arc::default() })
@@ -219,13 +229,25 @@ impl MetadataGroup {
 
     /// Whether this replica may have been made to form a cluster and no command of one stands in its log.
     pub(crate) fn is_fresh(&self) -> bool {
-        let log = self.group.log();
-        let end = log.last().map_or(0, |last| last.index.0 + 1);
-        if !self.forms || end > FRESH_COUNT_MAX {
+        if !self.forms || !self.published.borrow().state.nodes().is_empty() {
             return false;
         }
-        let entries = log.entries(RaftIndex(0)..RaftIndex(end), usize::MAX);
-        entries.is_ok_and(|entries| entries.iter().all(|entry| entry.header.kind == BatchKind::Raft))
+        // Each start of a node that waits for others leaves an entry or two of its elections.
+        let log = self.group.log();
+        let end = log.last().map_or(0, |last| last.index.0 + 1);
+        let mut next = 0;
+        while next < end {
+            match log.entries(RaftIndex(next)..RaftIndex(end), FRESH_READ_SIZE) {
+                Ok(entries) if !entries.is_empty() => {
+                    if entries.iter().any(|entry| entry.header.kind != BatchKind::Raft) {
+                        return false;
+                    }
+                    next += entries.len() as u64;
+                }
+                _ => return false,
+            }
+        }
+        true
     }
 
     /// All groups of this node.
@@ -316,6 +338,12 @@ impl MetadataGroup {
         }
         if command.len() > arqon_proto::limits::RECORD_SIZE_MAX {
             return Err(error(ErrorCode::ValidationError, "the metadata command is too large"));
+        }
+        // A newer node may have forwarded it, and what this leader does not know must not get into the log.
+        let is_known = |command: wire::MetadataCommand| command.command.is_some();
+        if !wire::MetadataCommand::decode(command.clone()).is_ok_and(is_known) {
+            let message = "the command is newer than the program of the metadata leader's node";
+            return Err(error(ErrorCode::ValidationError, message));
         }
         let mut batch = Batch::internal(BatchKind::Control, command);
         batch.header.time_ms = clock::now_ms();

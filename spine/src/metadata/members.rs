@@ -125,7 +125,7 @@ impl MetadataState {
         if self.nodes.len() >= NODE_COUNT_MAX {
             return Err(invalid("node", format!("a cluster has at most {NODE_COUNT_MAX} nodes")));
         }
-        let metadata_replica = self.take_replica();
+        let metadata_replica = self.take_metadata_replica(info.node);
         let at = wire::ReplicaNode {
             replica: self.take_replica(),
             node: info.node,
@@ -150,6 +150,15 @@ impl MetadataState {
     fn take_replica(&mut self) -> u64 {
         self.next_replica += 1;
         self.next_replica - 1
+    }
+
+    /// A number for the node's replica of the metadata group. It is not that of the node: only replicas that
+    /// form a cluster have that, and are told apart by it.
+    fn take_metadata_replica(&mut self, node: u64) -> u64 {
+        match self.take_replica() {
+            replica if replica == node => self.take_replica(),
+            replica => replica,
+        }
     }
 
     pub(super) fn remove_node(&mut self, node: u64) -> Result<(), wire::Error> {
@@ -250,7 +259,7 @@ impl MetadataState {
             let message = format!("node {} has replica {known} of the metadata by now", command.node);
             return Err(error(wire::ErrorCode::AlreadyExists, message));
         }
-        let replica = self.take_replica();
+        let replica = self.take_metadata_replica(command.node);
         self.nodes
             .iter_mut()
             .filter(|info| info.node == command.node)
@@ -538,6 +547,26 @@ mod tests {
         let bad = wire::NodeInfo { peer_address: "7701".into(), ..info(8) };
         let refused = run(&mut state, Command::AddNode(wire::AddNodeCommand { info: Some(bad) })).unwrap_err();
         assert_eq!(refused.field, "peer_address");
+    }
+
+    /// By its number a replica is taken for one of those that form a cluster.
+    #[test]
+    fn the_metadata_replica_of_an_added_node_never_has_the_number_of_the_node() {
+        let mut state = formed(3, 1);
+        let node = state.next_replica();
+        add(&mut state, node);
+        let added = state.metadata_replica_of(node).unwrap();
+        assert_ne!(added, node);
+        // The same where it comes back.
+        let node = state.next_replica() + 2;
+        add(&mut state, node);
+        let before = state.metadata_replica_of(node).unwrap();
+        while state.next_replica() < node {
+            state.take_replica();
+        }
+        let rejoin = wire::RejoinNodeCommand { node, metadata_replica: before, all: false };
+        run(&mut state, Command::RejoinNode(rejoin)).unwrap();
+        assert!(state.metadata_replica_of(node).is_some_and(|replica| replica > node));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use arqon_proto::{
     DecodeError, LEASE_KEY_SIZE, LeaseKey, OPERATOR_TOPIC, SYSTEM_TENANT, TopicClass, check_tenant, check_topic,
-    limits, wire,
+    limits, results_topic_of, wire,
 };
 use bytes::Bytes;
 use prost::Message;
@@ -25,7 +25,6 @@ const LEASE_KEY_COUNT: usize = 3;
 const REPLICATION_DEFAULT: usize = 3;
 /// The operators' topic keeps this much per partition, in bytes.
 const OPERATOR_TOPIC_RETENTION_SIZE: u64 = 256 << 20;
-const NAME_SEPARATOR: char = '.';
 
 /// A topic, its settings and where its partitions are.
 #[derive(Clone, Debug, PartialEq)]
@@ -251,8 +250,7 @@ impl MetadataState {
             config.attempts_max = limits::ATTEMPT_COUNT_DEFAULT;
         }
         if config.results_topic.is_empty() {
-            let stem = config.name.strip_suffix(".jobs").unwrap_or(&config.name);
-            config.results_topic = format!("{stem}{NAME_SEPARATOR}results");
+            config.results_topic = results_topic_of(&config.name);
         }
         Ok(config)
     }
@@ -390,7 +388,7 @@ impl MetadataState {
 }
 
 fn dead_topic(jobs: &str) -> String {
-    format!("{jobs}{NAME_SEPARATOR}dead")
+    format!("{jobs}.dead")
 }
 
 // A name that says what its topic is for is believed; only a plain name may be told.

@@ -64,31 +64,37 @@ struct Part {
 #[derive(Debug)]
 pub struct Ahead {
     parts: Mutex<VecDeque<Part>>,
-    /// For the threads, which end with it.
-    jobs: mpsc::Sender<Job>,
+    /// For the threads, which end with it. None: whoever reads does it at once.
+    jobs: Option<mpsc::Sender<Job>>,
 }
 
 impl Ahead {
-    /// Starts the threads.
+    /// Starts the threads, if there are to be any: without them, whoever asks does the reading.
     ///
     /// # Errors
     /// A thread cannot be started.
-    pub fn start() -> io::Result<Self> {
+    pub fn start(has_threads: bool) -> io::Result<Self> {
+        if !has_threads {
+            return Ok(Self { parts: Mutex::default(), jobs: None });
+        }
         let (jobs, queue) = mpsc::channel::<Job>();
         let queue = Arc::new(Mutex::new(queue));
         for _ in 0..THREAD_COUNT {
             let queue = Arc::clone(&queue);
             thread::Builder::new().name("log-reader".to_owned()).spawn(move || run(&queue))?;
         }
-        Ok(Self { parts: Mutex::default(), jobs })
+        Ok(Self { parts: Mutex::default(), jobs: Some(jobs) })
     }
 
     /// Reads committed batches from `offset` on, for a consumer.
     pub(super) fn read(&self, log: &Log, offset: Offset, through: RaftIndex, size_max: usize) -> Reading {
         let reader = log.clone();
         let (read, reading) = job(move || reader.read_data(offset, through, size_max));
-        // Without threads the reading ends with an error, as it does when they end.
-        drop(self.jobs.send(Job { read, log: log.clone() }));
+        match &self.jobs {
+            // When the threads have ended, the reading ends with an error.
+            Some(jobs) => drop(jobs.send(Job { read, log: log.clone() })),
+            None => read(),
+        }
         reading
     }
 
@@ -130,6 +136,7 @@ pub(super) fn read_on(
     size_max: usize,
 ) -> Reading {
     let log = log.clone();
+    let has_threads = log.store_has_threads();
     let (read, reading) = job(move || {
         let mut size = 0;
         while size < size_max {
@@ -147,7 +154,11 @@ pub(super) fn read_on(
         }
         Ok(at_hand)
     });
-    spawn_blocking(read);
+    if has_threads {
+        spawn_blocking(read);
+    } else {
+        read();
+    }
     reading
 }
 
@@ -217,7 +228,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_part_is_given_once_and_the_oldest_makes_room() {
-        let ahead = Ahead::start().unwrap();
+        let ahead = Ahead::start(true).unwrap();
         for offset in 0..=PART_COUNT_MAX as u64 {
             let (read, reading) = job(|| Ok(Vec::new()));
             read();

@@ -23,9 +23,7 @@ impl Partition {
         let replica = &self.replica;
         let term = if request.any_replica { None } else { Some(replica.require_leader()?) };
         if request.linearizable {
-            replica.require_leader()?;
-            let confirmed = Box::pin(replica.group.confirm_leader()).await;
-            confirmed.map_err(|_| replica.not_leader())?;
+            replica.confirm_leader().await?;
         }
         let wait_ms = request.wait_ms.min(limits::POLL_WAIT_MS_MAX);
         let deadline = Instant::now() + Duration::from_millis(u64::from(wait_ms));
@@ -50,7 +48,8 @@ impl Partition {
     }
 
     /// An offset by name or by time. By time: the first record of a batch at or after it, or
-    /// the end of the log.
+    /// the end of the log. The leader asks a majority whether it still leads, so neither the start nor the end that it
+    /// tells is behind what anybody was told before.
     ///
     /// # Errors
     /// NOT_LEADER unless any replica may answer; VALIDATION_ERROR when nothing is asked for;
@@ -58,7 +57,7 @@ impl Partition {
     pub async fn list_offsets(&self, request: wire::ListOffsets) -> Result<wire::OffsetsListed, wire::Error> {
         let replica = &self.replica;
         if !request.any_replica {
-            replica.require_leader()?;
+            replica.confirm_leader().await?;
         }
         let readable = *replica.group.readable().borrow();
         let log = replica.group.log();
@@ -76,6 +75,13 @@ impl Partition {
 }
 
 impl Replica {
+    /// Asks a majority whether this replica leads, and waits until all that was acknowledged by then is applied here.
+    async fn confirm_leader(&self) -> Result<(), wire::Error> {
+        self.require_leader()?;
+        let confirmed = Box::pin(self.group.confirm_leader()).await;
+        confirmed.map_err(|_| self.not_leader())
+    }
+
     /// The answer, if there is one without waiting for more to be committed.
     async fn read(
         &self,

@@ -61,8 +61,9 @@ impl Replica {
             return None;
         }
         let message = format_args!(
-            "{} holds its limit of {limit} bytes and keeps more for {holder}; it takes records again when that moves on",
-            self.name()
+            "{} holds its limit of {limit} bytes and keeps more for {holder}; it takes records again when that moves on; {}",
+            self.name(),
+            holder.remedy(&self.topic.name)
         );
         Some(wire::Error {
             field: self.topic.name.clone(),

@@ -108,7 +108,10 @@ impl<'a> Grants<'a> {
         // Nothing to count while nothing comes back.
         let wanted_count = if ready.is_empty() { 0 } else { line.values().map(|waiting| waiting.job_count_max).sum() };
         let Some(mut stock) = self.stock(group, ready, wanted_count) else {
-            let full = || invalid("group", format_args!("{} has as many groups as it may", self.replica.name()));
+            let (name, topic) = (self.replica.name(), &self.replica.topic.name);
+            let message =
+                format!("{name} has as many groups as it may; `arqon group delete {topic} GROUP` removes one");
+            let full = || invalid("group", &message);
             return std::mem::take(line).into_iter().map(|(ticket, waiting)| (ticket, waiting, Err(full()))).collect();
         };
         let mut out = Vec::new();

@@ -39,6 +39,15 @@ impl std::fmt::Display for Holder {
     }
 }
 
+impl Holder {
+    /// How an operator who does not need the holder any more gets rid of it.
+    pub(super) fn remedy(&self, topic: &str) -> String {
+        match self.kind {
+            Kind::Queue => format!("`arqon group delete {topic} {}` gives the group up", self.name),
+        }
+    }
+}
+
 impl Replica {
     /// All that hold something here, by name.
     pub(super) fn holders(&self) -> Vec<Holder> {

@@ -6,6 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use arqon_proto::planted;
 use arqon_proto::{Offset, RaftIndex, Term, wire, wire::ErrorCode};
 use arqon_storage::LogPosition;
 use tokio::{
@@ -112,7 +113,8 @@ impl Replica {
         }
         match self.first_holder() {
             Some(holder) if holder.floor < before => {
-                let message = format_args!("{} cannot be trimmed to {before}: it is held by {holder}", self.name());
+                let (name, remedy) = (self.name(), holder.remedy(&self.topic.name));
+                let message = format!("{name} cannot be trimmed to {before}: it is held by {holder}; {remedy}");
                 Err(invalid("before", message))
             }
             _ => Ok(before),
@@ -154,6 +156,7 @@ impl Replica {
         // The submission task drops what it has not proposed when it ends.
         let proposal = placed.await.map_err(|_| self.not_leader())?;
         let proposal = proposal.map_err(|cause| self.propose_error(&cause, false))?;
+        planted::crash_point("retention-proposed");
         proposal.await.map(drop).map_err(|cause| self.propose_error(&cause, true))
     }
 

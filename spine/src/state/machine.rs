@@ -47,14 +47,14 @@ impl PartitionMachine {
 }
 
 impl StateMachine for PartitionMachine {
-    fn apply(&mut self, batch: &Batch) -> Bytes {
+    fn apply(&mut self, batch: &Batch) -> Result<Bytes, DecodeError> {
         let mut shared = self.lock();
-        let outcome = shared.state.apply(batch);
+        let outcome = shared.state.apply(batch)?;
         shared.in_flight.applied(batch);
         let log_start = shared.state.log_start();
         drop(shared);
         self.publish_log_start(log_start);
-        outcome
+        Ok(outcome)
     }
 
     fn checkpoint(&self) -> Bytes {

@@ -11,6 +11,8 @@
 //!                    '--grant-- pending --bury--> settled
 //! ```
 //!
+//! A group that is deleted is forgotten whole; another of its name begins at the log start.
+//!
 //! A command on a lease carries the attempt that it means; a stale one has no effect and is
 //! listed as lost. There are no deadlines here: the leader keeps the time.
 
@@ -223,6 +225,8 @@ impl Queue {
                     }
                 }
             }
+            // Names no jobs: the whole queue goes.
+            Command::Delete(_) => {}
         }
     }
 }
@@ -274,6 +278,10 @@ impl Queues {
             Command::Renew(renew) => &renew.ranges,
             Command::Expire(expire) => &expire.ranges,
             Command::Bury(bury) => &bury.ranges,
+            Command::Delete(_) => {
+                self.groups.remove(group);
+                return Vec::new();
+            }
         };
         let Some(queue) = self.groups.get_mut(group) else { return ranges.clone() };
         let mut lost = Vec::new();

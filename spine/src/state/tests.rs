@@ -6,7 +6,8 @@ use arqon_proto::{
     Header, Offset, RaftIndex, Term, encode_stamps, limits,
     wire::{
         ControlRecord, Duplicate, JobScopeState, LeaseState, OffsetRange, ProducerState, QueueAck, QueueBury,
-        QueueCommand, QueueExpire, QueueGrant, QueueNack, QueueRenew, QueueState, StampSource, Stamps, queue_command,
+        QueueCommand, QueueDelete, QueueExpire, QueueGrant, QueueNack, QueueRenew, QueueState, StampSource, Stamps,
+        queue_command,
     },
 };
 use proptest::prelude::*;
@@ -37,7 +38,7 @@ fn control(commands: Vec<queue_command::Command>) -> Batch {
 }
 
 fn run(state: &mut PartitionState, command: queue_command::Command) -> Vec<OffsetRange> {
-    let outcome = QueueOutcome::decode(state.apply(&control(vec![command]))).unwrap();
+    let outcome = QueueOutcome::decode(state.apply(&control(vec![command])).unwrap()).unwrap();
     outcome.commands.into_iter().next().unwrap().lost
 }
 
@@ -55,13 +56,28 @@ fn restored(state: &PartitionState) -> PartitionState {
 }
 
 #[test]
+fn a_queue_command_of_a_newer_program_changes_nothing_and_is_not_passed_over() {
+    let mut state = PartitionState::default();
+    state.apply(&data(&state, 1, 0, 0, 2, 0)).unwrap();
+    run(&mut state, grant([(0, 1)]));
+    let before = state.checkpoint();
+    let known = QueueCommand { group: GROUP.into(), command: Some(grant([(1, 1)])) };
+    let newer = QueueCommand { group: GROUP.into(), command: None };
+    let record = ControlRecord { queue: vec![known, newer], log_start: None };
+    let mut batch = Batch::internal(BatchKind::Control, record.encode_to_vec().into());
+    batch.header.time_ms = state.last_time_ms() + 1;
+    assert_eq!(state.apply(&batch), Err(DecodeError::Unknown { what: "queue command" }));
+    assert_eq!(state.checkpoint(), before);
+}
+
+#[test]
 fn a_resent_batch_is_a_duplicate_with_its_offsets_and_a_gap_is_refused() {
     let mut state = PartitionState::default();
     let nothing = InFlight::default();
     assert_eq!(check(&state, &nothing, &data(&state, 1, 0, 3, 1, 0)), Err(Refused::UnknownProducer));
     let first = data(&state, 1, 0, 0, 3, 100);
     check(&state, &nothing, &first).unwrap();
-    state.apply(&first);
+    state.apply(&first).unwrap();
     for state in [restored(&state), state] {
         let Err(Refused::Duplicate(known)) = check(&state, &nothing, &data(&state, 1, 0, 1, 4, 0)) else { panic!() };
         let wanted = [(1, 101), (2, 102)].map(|(sequence, offset)| Duplicate { sequence, offset: Some(offset) });
@@ -77,7 +93,7 @@ fn a_resent_batch_is_a_duplicate_with_its_offsets_and_a_gap_is_refused() {
 fn offsets_of_the_last_five_batches_are_remembered() {
     let mut state = PartitionState::default();
     for at in 0..7u64 {
-        state.apply(&data(&state, 1, 0, at, 1, at * 10));
+        state.apply(&data(&state, 1, 0, at, 1, at * 10)).unwrap();
     }
     let Err(Refused::Duplicate(known)) = check(&state, &InFlight::default(), &data(&state, 1, 0, 0, 7, 0)) else {
         panic!()
@@ -90,9 +106,9 @@ fn offsets_of_the_last_five_batches_are_remembered() {
 fn a_new_epoch_starts_at_zero_and_fences_the_old_one() {
     let mut state = PartitionState::default();
     let nothing = InFlight::default();
-    state.apply(&data(&state, 1, 4, 0, 2, 0));
+    state.apply(&data(&state, 1, 4, 0, 2, 0)).unwrap();
     assert_eq!(check(&state, &nothing, &data(&state, 1, 5, 2, 1, 2)), Err(Refused::OutOfOrder { expected: 0 }));
-    state.apply(&data(&state, 1, 5, 0, 1, 2));
+    state.apply(&data(&state, 1, 5, 0, 1, 2)).unwrap();
     assert_eq!(check(&state, &nothing, &data(&state, 1, 4, 2, 1, 3)), Err(Refused::Fenced { epoch: 5 }));
     assert_eq!(check(&state, &nothing, &data(&state, 1, 5, 1, 1, 3)), Ok(()));
 }
@@ -100,10 +116,10 @@ fn a_new_epoch_starts_at_zero_and_fences_the_old_one() {
 #[test]
 fn a_producer_is_forgotten_after_silence_by_batch_times_or_by_too_many_others() {
     let mut state = PartitionState::default();
-    state.apply(&data(&state, 1, 0, 0, 1, 0));
+    state.apply(&data(&state, 1, 0, 0, 1, 0)).unwrap();
     let mut later = data(&state, 2, 0, 0, 1, 1);
     later.header.time_ms += limits::PRODUCER_EXPIRY_MS;
-    state.apply(&later);
+    state.apply(&later).unwrap();
     let resent = data(&state, 1, 0, 1, 1, 2);
     assert_eq!(check(&state, &InFlight::default(), &resent), Err(Refused::UnknownProducer));
 
@@ -111,12 +127,12 @@ fn a_producer_is_forgotten_after_silence_by_batch_times_or_by_too_many_others() 
     for at in 0..=limits::PRODUCER_COUNT_MAX as u64 {
         let mut batch = data(&state, 0, 0, 0, 1, at);
         batch.header.producer_id[..8].copy_from_slice(&(at + 1).to_le_bytes());
-        state.apply(&batch);
+        state.apply(&batch).unwrap();
         if at == 5 {
             // The second producer is used again, so the first and the third are older.
             batch.header.producer_id[..8].copy_from_slice(&2u64.to_le_bytes());
             batch.header.base_sequence = 1;
-            state.apply(&batch);
+            state.apply(&batch).unwrap();
         }
     }
     let next_of = |id: u64| {
@@ -133,8 +149,8 @@ fn a_producer_is_forgotten_after_silence_by_batch_times_or_by_too_many_others() 
 #[should_panic(expected = "is a duplicate")]
 fn a_duplicate_that_was_committed_stops_the_program() {
     let mut state = PartitionState::default();
-    state.apply(&data(&state, 1, 0, 0, 2, 0));
-    state.apply(&data(&state, 1, 0, 1, 1, 2));
+    state.apply(&data(&state, 1, 0, 0, 2, 0)).unwrap();
+    state.apply(&data(&state, 1, 0, 1, 1, 2)).unwrap();
 }
 
 #[test]
@@ -150,14 +166,14 @@ fn batches_in_flight_count_as_written_until_they_are_applied_or_withdrawn() {
     in_flight.withdraw(&b.header, None, admission);
     assert_eq!(check(&state, &in_flight, &b), Ok(()));
     in_flight.admit(&state, &b.header, None, 3).unwrap();
-    state.apply(&a);
+    state.apply(&a).unwrap();
     in_flight.applied(&a);
     assert!(matches!(check(&state, &in_flight, &a), Err(Refused::Duplicate(_))));
     assert_eq!(check(&state, &in_flight, &b), Err(Refused::InFlight));
     // Another leader's entry of a newer term: b is gone, and may be sent again.
     let mut other = data(&state, 2, 0, 0, 1, 2);
     other.header.term = Term(2);
-    state.apply(&other);
+    state.apply(&other).unwrap();
     in_flight.applied(&other);
     in_flight.begin(Term(3), Offset(3));
     assert_eq!(check(&state, &in_flight, &b), Ok(()));
@@ -188,7 +204,7 @@ fn a_job_has_one_result_below_the_floor_and_above_it() {
     assert_eq!(check(&state, &in_flight, &[3, 4]), Err(Refused::InFlight));
     assert_eq!(check(&state, &in_flight, &[1]), Err(Refused::InFlight), "the floor in flight counts");
     assert_eq!(check(&state, &in_flight, &[4]), Ok(()));
-    state.apply(&batch);
+    state.apply(&batch).unwrap();
     in_flight.applied(&batch);
     for state in [restored(&state), state] {
         let Err(Refused::Duplicate(known)) = check(&state, &in_flight, &[1, 3, 4, 7]) else { panic!() };
@@ -264,6 +280,7 @@ enum Step {
     Renew(u64, u32),
     Expire(u64, u32),
     Bury(u64, u32),
+    Delete,
     Data(u8, u32),
     Restart,
 }
@@ -280,12 +297,13 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => (offset, attempt).prop_map(|(o, a)| Step::Bury(o, a)),
         1 => (1u8..4, 1u32..4).prop_map(|(producer, count)| Step::Data(producer, count)),
         1 => Just(Step::Restart),
+        1 => Just(Step::Delete),
     ]
 }
 
 /// The command of a step and what the model says of it.
 fn take_step(step: &Step, model: &mut BTreeMap<u64, Model>) -> Option<(queue_command::Command, bool)> {
-    use queue_command::Command::{Ack, Bury, Expire, Nack, Renew};
+    use queue_command::Command::{Ack, Bury, Delete, Expire, Nack, Renew};
     let ranges = |offset: u64, attempt: u32| ranges_of([(offset, attempt)]);
     let before = model.clone();
     let mut change = |offset: u64, from: Model, to: Model| {
@@ -336,6 +354,10 @@ fn take_step(step: &Step, model: &mut BTreeMap<u64, Model>) -> Option<(queue_com
             let bury = Bury(QueueBury { ranges: ranges(offset, attempt) });
             (bury, change(offset, Model::Pending(attempt), Model::Settled))
         }
+        Step::Delete => {
+            model.clear();
+            (Delete(QueueDelete {}), true)
+        }
         Step::Data(..) | Step::Restart => return None,
     })
 }
@@ -377,8 +399,8 @@ proptest! {
                     let batch = data(&state, *producer, 0, *sequence, *count, offset);
                     *sequence += u64::from(*count);
                     offset += u64::from(*count);
-                    state.apply(&batch);
-                    other.apply(&batch);
+                    state.apply(&batch).unwrap();
+                    other.apply(&batch).unwrap();
                 }
                 step => {
                     let Some((command, takes_effect)) = take_step(step, &mut model) else { continue };
@@ -386,6 +408,10 @@ proptest! {
                     prop_assert_eq!(lost.is_empty(), takes_effect, "{:?}", step);
                     prop_assert_eq!(run(&mut other, command), lost);
                 }
+            }
+            if matches!(step, Step::Delete) {
+                prop_assert!(state.queue(GROUP).is_none());
+                floor = 0;
             }
             if let Some(queue) = state.queue(GROUP) {
                 compare(queue, &model);
@@ -416,7 +442,7 @@ proptest! {
                 line.push_back(batch);
             }
             for batch in line.drain(..applied_count.min(line.len())) {
-                state.apply(&batch);
+                state.apply(&batch).unwrap();
                 in_flight.applied(&batch);
             }
         }

@@ -154,7 +154,11 @@ async fn bad_frames_end_the_session_and_bad_requests_do_not() {
 
     let newer = wire::Hello { version: 2, token: admin.clone(), ..Default::default() };
     let refused = Client::connect_with(address, newer).await.map(|_| ()).unwrap_err();
-    assert_eq!(refused.code(), ErrorCode::UnsupportedVersion);
+    assert_eq!((refused.code(), refused.field.as_str()), (ErrorCode::UnsupportedVersion, "version"));
+    assert!(refused.message.contains("client speaks version 2, this server speaks version 1"), "{}", refused.message);
+    // One that speaks more versions is answered in one that both know.
+    let both = wire::Hello { version: 1, version_max: 9, token: admin.clone(), ..Default::default() };
+    assert_eq!(Client::connect_with(address, both).await.map(|client| client.welcome.version).unwrap(), 1);
     cluster.shutdown().await;
 }
 
@@ -343,6 +347,7 @@ async fn the_admin_port_shows_health_and_positions() {
     for line in [
         r#"arqon_partition_committed{tenant="acme",topic="events",partition="0"} 3"#,
         r#"arqon_partition_leader{tenant="acme",topic="events",partition="0"} 1"#,
+        r#"arqon_build_info{program="test",peer_protocol="versions 1 to 2",client_protocol="version 1"} 1"#,
         "arqon_connections 1",
         "arqon_produce_records_total 3",
         "arqon_produce_commit_seconds_count 1",

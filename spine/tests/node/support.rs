@@ -7,6 +7,7 @@ mod loopback;
 use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,6 +18,7 @@ use arqon_proto::{
 use arqon_spine::{
     Auth, AuthKey, Clock, Config, Listen, ListenAddresses, Listeners, Log, Node, Peer, Secret, Storage, Tls,
 };
+use arqon_storage::{FaultyDisk, Identity, RealDisk, Store};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use loopback::own_loopback;
@@ -41,6 +43,8 @@ pub struct Cluster {
     pub clocks: Vec<Clock>,
     /// With TLS: what clients must trust, PEM.
     pub ca: Option<Vec<u8>>,
+    /// Those of the nodes, if they were started on such disks, until they are restarted.
+    pub disks: Vec<FaultyDisk>,
     folder: TempDir,
 }
 
@@ -88,6 +92,15 @@ impl Cluster {
 
     /// The same, with TLS on all ports but the admin's.
     pub async fn start_with(count: u64, certificates: Option<&Certificates>) -> Self {
+        Self::start_as(count, certificates, false).await
+    }
+
+    /// The same as `start`, on disks whose space and speed a test decides.
+    pub async fn start_on_faulty_disks(count: u64) -> Self {
+        Self::start_as(count, None, true).await
+    }
+
+    async fn start_as(count: u64, certificates: Option<&Certificates>, on_faulty_disks: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let pair = TokenKeyPair::generate().unwrap();
         let public_key_file = folder.path().join("token.pem");
@@ -111,6 +124,8 @@ impl Cluster {
             cluster: "test".into(),
             data: folder.path().join(format!("node-{}", index + 1)),
             dev: false,
+            bootstrap: count == 1,
+            program: "test".into(),
             threads: None,
             cluster_secret: Some(Secret("a secret for tests of 32 bytes or more".into())),
             cluster_secret_file: None,
@@ -137,10 +152,25 @@ impl Cluster {
         let clocks: Vec<Clock> = configs.iter().map(|_| Clock::default()).collect();
         // A node of a new cluster waits for most of the others.
         let starting = configs.iter().zip(bound).zip(&clocks);
-        let starting = starting.map(|((config, bound), clock)| Node::start_by(config.clone(), bound, clock.clone()));
+        let mut disks = Vec::new();
+        let starting = starting.map(|((config, bound), clock)| {
+            let (config, clock) = (config.clone(), clock.clone());
+            let identity = Identity { cluster: config.cluster.clone(), node: config.node_id() };
+            let store = on_faulty_disks.then(|| {
+                let disk = FaultyDisk::new(Arc::new(RealDisk::create(&config.data).unwrap()));
+                disks.push(disk.clone());
+                Store::open_on(Arc::new(disk), identity, config.storage.options()).unwrap()
+            });
+            async move {
+                match store {
+                    Some(store) => Node::start_over(config, bound, clock, store).await,
+                    None => Node::start_by(config, bound, clock).await,
+                }
+            }
+        });
         let nodes = join_all(starting).await.into_iter().map(|node| Some(node.unwrap())).collect();
         let signer = TokenSigner::from_pem(TokenAlgorithm::EdDSA, None, pair.private_key_pem.as_bytes()).unwrap();
-        let cluster = Self { nodes, configs, addresses, signer, clocks, ca, folder };
+        let cluster = Self { nodes, configs, addresses, signer, clocks, ca, disks, folder };
         cluster.wait_ready().await;
         cluster
     }
@@ -175,6 +205,7 @@ impl Cluster {
             admin: addresses.admin.to_string(),
         };
         config.peers.push(peer);
+        config.bootstrap = false;
         self.configs.push(config.clone());
         self.addresses.push(addresses);
         self.nodes.push(None);

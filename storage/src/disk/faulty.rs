@@ -1,10 +1,13 @@
-//! A disk that fails where a test says so.
+//! A disk that fails, or takes its time, where a test says so.
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
+use rustix::io::Errno;
 
 use super::{BlockFile, Disk, DiskSpace, File};
 
@@ -27,12 +30,34 @@ pub enum Operation {
 struct Plan {
     counts: [AtomicU64; 5],
     faults: Mutex<Vec<(Operation, u64, io::ErrorKind)>>,
+    /// Bytes of files that the device cannot read.
+    unreadable: Mutex<Vec<(String, Range<u64>)>>,
     failed_count: AtomicU64,
+    delays_ms: [AtomicU64; 5],
     space: Mutex<Option<DiskSpace>>,
 }
 
 impl Plan {
+    fn lock_unreadable(&self) -> MutexGuard<'_, Vec<(String, Range<u64>)>> {
+        self.unreadable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_read(&self, path: &str, at: u64, size: usize) -> io::Result<()> {
+        self.check(Operation::Read)?;
+        let end = at + size as u64;
+        let meets = |bytes: &Range<u64>| bytes.start < end && at < bytes.end;
+        if self.lock_unreadable().iter().any(|(name, bytes)| name == path && meets(bytes)) {
+            self.failed_count.fetch_add(1, Ordering::SeqCst);
+            return Err(Errno::IO.into());
+        }
+        Ok(())
+    }
+
     fn check(&self, operation: Operation) -> io::Result<()> {
+        let delay_ms = self.delays_ms[operation as usize].load(Ordering::SeqCst);
+        if delay_ms > 0 {
+            std::thread::sleep(Duration::from_millis(delay_ms));
+        }
         let count = self.counts[operation as usize].fetch_add(1, Ordering::SeqCst);
         let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
         match faults.iter().find(|(kind, at, _)| *kind == operation && count >= *at) {
@@ -71,9 +96,19 @@ impl FaultyDisk {
         self.plan.faults.lock().unwrap_or_else(PoisonError::into_inner).push((operation, now + skip, error));
     }
 
-    /// Nothing fails any more.
+    /// Reads of these bytes of a file fail as those of a bad sector do (EIO), until another file has its name.
+    pub fn make_unreadable(&self, path: &str, bytes: Range<u64>) {
+        self.plan.lock_unreadable().push((path.to_owned(), bytes));
+    }
+
+    /// Nothing fails any more, but reads of bad sectors.
     pub fn heal(&self) {
         self.plan.faults.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// From now on each operation of this kind takes this much longer, in ms.
+    pub fn delay(&self, operation: Operation, delay_ms: u64) {
+        self.plan.delays_ms[operation as usize].store(delay_ms, Ordering::SeqCst);
     }
 
     /// What the disk says of its space from now on; `None`: the truth. Writes go on all the same.
@@ -87,8 +122,8 @@ impl FaultyDisk {
         self.plan.failed_count.load(Ordering::SeqCst)
     }
 
-    fn wrap(&self, file: Arc<dyn File>) -> Arc<dyn File> {
-        Arc::new(FaultyFile { file, plan: Arc::clone(&self.plan) })
+    fn wrap(&self, path: &str, file: Arc<dyn File>) -> Arc<dyn File> {
+        Arc::new(FaultyFile { file, path: path.to_owned(), plan: Arc::clone(&self.plan) })
     }
 }
 
@@ -102,7 +137,7 @@ impl Disk for FaultyDisk {
     }
 
     fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
-        Ok(self.wrap(self.disk.open(path)?))
+        Ok(self.wrap(path, self.disk.open(path)?))
     }
 
     fn open_blocks(&self, path: &str) -> io::Result<Arc<dyn BlockFile>> {
@@ -116,12 +151,14 @@ impl Disk for FaultyDisk {
 
     fn create(&self, path: &str) -> io::Result<Arc<dyn File>> {
         self.plan.check(Operation::Name)?;
-        Ok(self.wrap(self.disk.create(path)?))
+        Ok(self.wrap(path, self.disk.create(path)?))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.plan.check(Operation::Name)?;
-        self.disk.rename(from, to)
+        self.disk.rename(from, to)?;
+        self.plan.lock_unreadable().retain(|(path, _)| path != to);
+        Ok(())
     }
 
     fn remove(&self, path: &str) -> io::Result<()> {
@@ -155,6 +192,8 @@ impl Disk for FaultyDisk {
 }
 
 struct FaultyFile {
+    /// The name that it was opened by.
+    path: String,
     file: Arc<dyn File>,
     plan: Arc<Plan>,
 }
@@ -171,7 +210,7 @@ impl File for FaultyFile {
     }
 
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
-        self.plan.check(Operation::Read)?;
+        self.plan.check_read(&self.path, at, buffer.len())?;
         self.file.read_at(buffer, at)
     }
 
@@ -180,12 +219,16 @@ impl File for FaultyFile {
     }
 
     fn view(&self, at: u64, size: usize, capacity: u64) -> io::Result<Bytes> {
-        self.plan.check(Operation::Read)?;
+        self.plan.check_read(&self.path, at, size)?;
         self.file.view(at, size, capacity)
     }
 
+    fn users(&self) -> Weak<()> {
+        self.file.users()
+    }
+
     fn read_past_cache(&self, at: u64, size: usize) -> io::Result<Option<(u64, Bytes)>> {
-        self.plan.check(Operation::Read)?;
+        self.plan.check_read(&self.path, at, size)?;
         self.file.read_past_cache(at, size)
     }
 }

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use bytes::Bytes;
 
 use super::{BLOCK_SIZE, BlockFile, Disk, DiskSpace, File, blocks};
+use arqon_proto::planted::{self, Bug};
 
 const SECTOR_SIZE: usize = 512;
 
@@ -85,6 +86,10 @@ struct Contents {
     life: u64,
     /// Bytes that all files together may have.
     capacity: Option<u64>,
+    /// Writes that did not fit.
+    refused_count: u64,
+    /// Syncs say that they are done and do nothing.
+    is_lying: bool,
 }
 
 /// A disk in memory; clones share it. Every handle has one life, which ends with a cut.
@@ -296,6 +301,35 @@ impl MemoryDisk {
         Ok(())
     }
 
+    /// Changes a byte where it lies, in what was synced and in what is read, as a failing medium does. It
+    /// counts as no operation, and writes that wait to be synced stay as they are.
+    ///
+    /// # Errors
+    /// `NotFound`; `InvalidInput` behind the end of the file.
+    pub fn rot(&self, path: &str, at: u64, byte: u8) -> io::Result<()> {
+        let mut contents = self.lock_contents();
+        let file = contents.file(path)?;
+        let at = usize::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let file = &mut contents.files[file];
+        *file.now.get_mut(at).ok_or(io::ErrorKind::InvalidInput)? = byte;
+        if let Some(durable) = file.durable.get_mut(at) {
+            *durable = byte;
+        }
+        Ok(())
+    }
+
+    /// From now on syncs and flushes change nothing and report success, as a bad disk's do: whoever relies on
+    /// them loses what was written when the power goes.
+    pub fn ignore_syncs(&self) {
+        self.lock_contents().is_lying = true;
+    }
+
+    /// Writes that were refused because the disk was full.
+    #[must_use]
+    pub fn refused_count(&self) -> u64 {
+        self.lock_contents().refused_count
+    }
+
     fn change(&self) -> io::Result<MutexGuard<'_, Contents>> {
         let mut contents = self.lock_contents();
         contents.check(self.life)?;
@@ -311,7 +345,7 @@ impl MemoryDisk {
     }
 
     fn file_at(&self, file: usize) -> Arc<dyn File> {
-        Arc::new(MemoryFile { disk: self.clone(), file })
+        Arc::new(MemoryFile { disk: self.clone(), file, user: Arc::default() })
     }
 }
 
@@ -337,10 +371,11 @@ impl Contents {
     }
 
     /// Whether a file may grow to `end`.
-    fn check_room(&self, file: usize, end: u64) -> io::Result<()> {
+    fn check_room(&mut self, file: usize, end: u64) -> io::Result<()> {
         let Some(capacity) = self.capacity else { return Ok(()) };
         let grows = end.saturating_sub(self.files[file].now.len() as u64);
         if grows > 0 && self.used_size() + grows > capacity {
+            self.refused_count += 1;
             return Err(io::ErrorKind::StorageFull.into());
         }
         Ok(())
@@ -401,12 +436,14 @@ impl Disk for MemoryDisk {
     fn open_blocks(&self, path: &str) -> io::Result<Arc<dyn BlockFile>> {
         let contents = self.lock_contents();
         contents.check(self.life)?;
-        Ok(Arc::new(MemoryFile { disk: self.clone(), file: contents.file(path)? }))
+        Ok(Arc::new(MemoryFile { disk: self.clone(), file: contents.file(path)?, user: Arc::default() }))
     }
 
     fn flush(&self) -> io::Result<()> {
         let mut contents = self.change()?;
-        contents.files.iter_mut().for_each(|file| file.settle(|write| write.kind == WriteKind::BlocksOver));
+        if !contents.is_lying {
+            contents.files.iter_mut().for_each(|file| file.settle(|write| write.kind == WriteKind::BlocksOver));
+        }
         Ok(())
     }
 
@@ -423,8 +460,13 @@ impl Disk for MemoryDisk {
         let mut contents = self.change()?;
         let node = contents.node(from)?;
         let ((dir, old), (to_dir, new)) = (split(from), split(to));
-        assert_eq!(dir, to_dir, "names change within one directory");
-        self.change_names(dir, vec![(old.to_owned(), None), (new.to_owned(), Some(node))], &mut contents)
+        let (gone, set) = ((old.to_owned(), None), (new.to_owned(), Some(node)));
+        if dir == to_dir {
+            return self.change_names(dir, vec![gone, set], &mut contents);
+        }
+        // A power cut may leave both names, or none.
+        self.change_names(to_dir, vec![set], &mut contents)?;
+        self.change_names(dir, vec![gone], &mut contents)
     }
 
     fn remove(&self, path: &str) -> io::Result<()> {
@@ -458,6 +500,9 @@ impl Disk for MemoryDisk {
     fn sync_dir(&self, path: &str) -> io::Result<()> {
         let mut contents = self.change()?;
         let found = contents.dir(path)?;
+        if contents.is_lying || planted::has(Bug::NoDirectorySync) {
+            return Ok(());
+        }
         let dir = &mut contents.dirs[found];
         dir.durable.clone_from(&dir.now);
         dir.unsynced.clear();
@@ -485,6 +530,7 @@ impl Disk for MemoryDisk {
 struct MemoryFile {
     disk: MemoryDisk,
     file: usize,
+    user: Arc<()>,
 }
 
 impl File for MemoryFile {
@@ -498,7 +544,9 @@ impl File for MemoryFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut contents = self.disk.change()?;
-        contents.files[self.file].settle(|_| true);
+        if !contents.is_lying {
+            contents.files[self.file].settle(|_| true);
+        }
         Ok(())
     }
 
@@ -524,6 +572,10 @@ impl File for MemoryFile {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         Ok(bytes.into())
+    }
+
+    fn users(&self) -> Weak<()> {
+        Arc::downgrade(&self.user)
     }
 
     fn read_past_cache(&self, at: u64, size: usize) -> io::Result<Option<(u64, Bytes)>> {

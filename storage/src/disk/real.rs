@@ -10,13 +10,14 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use bytes::Bytes;
 use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags, flock, fstatfs, statvfs, statx};
 
 use super::blocks::{self, READ_SIZE_MAX, ReadBuffer};
 use super::{BLOCK_SIZE, BlockFile, Disk, DiskSpace, File};
+use arqon_proto::planted::{self, Bug};
 
 /// Slices that one pwritev takes.
 const SLICE_COUNT_MAX: usize = 512;
@@ -33,12 +34,24 @@ pub struct RealDisk {
 }
 
 impl RealDisk {
-    /// The directory `root`, which is created when it is not there.
+    /// The directory `root`, which is created when it is not there. Its name is safe when this returns: everything
+    /// in it could be lost with a name that is not.
     ///
     /// # Errors
-    /// The directory cannot be created.
+    /// The directory cannot be created, or its name not be synced.
     pub fn create(root: &Path) -> io::Result<Self> {
+        let missing = root.ancestors().take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists());
+        let missing: Vec<&Path> = missing.collect();
         fs::create_dir_all(root)?;
+        for folder in &missing {
+            sync_parent(folder)?;
+        }
+        // It may have been made by a process that ended before this. Who made it for somebody that may not read
+        // its parent has to see to it himself.
+        match sync_parent(root) {
+            Err(error) if error.kind() != io::ErrorKind::PermissionDenied => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
         Ok(Self { root: root.to_owned(), read_only: false, direct: true, lock: Mutex::new(None) })
     }
 
@@ -56,8 +69,8 @@ impl RealDisk {
 
     fn file(&self, file: fs::File) -> Arc<dyn File> {
         let (direct, map, size_seen) = (OnceLock::new(), OnceLock::new(), AtomicU64::new(0));
-        let may_be_direct = self.direct;
-        Arc::new(RealFile { file, direct, may_be_direct, map, size_seen })
+        let (may_be_direct, user) = (self.direct, Arc::default());
+        Arc::new(RealFile { file, direct, may_be_direct, map, user, size_seen })
     }
 
     fn locked(&self) -> Option<Arc<fs::File>> {
@@ -135,6 +148,9 @@ impl Disk for RealDisk {
     }
 
     fn sync_dir(&self, path: &str) -> io::Result<()> {
+        if planted::has(Bug::NoDirectorySync) {
+            return Ok(());
+        }
         fs::File::open(self.root.join(path))?.sync_all()
     }
 
@@ -165,6 +181,15 @@ fn open_direct(path: &Path, write: bool) -> Option<fs::File> {
     (status.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && aligned).then_some(file)
 }
 
+fn sync_parent(folder: &Path) -> io::Result<()> {
+    match folder.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => fs::File::open(".")?.sync_all(),
+        Some(parent) => fs::File::open(parent)?.sync_all(),
+        // The root of everything has no name.
+        None => Ok(()),
+    }
+}
+
 fn read_at(file: &fs::File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -184,7 +209,8 @@ struct RealFile {
     direct: OnceLock<Option<fs::File>>,
     may_be_direct: bool,
     /// The whole capacity of the file; every view counts as a user of it.
-    map: OnceLock<Bytes>,
+    map: OnceLock<Map>,
+    user: Arc<()>,
     /// The file had this size once, and it never shrinks.
     size_seen: AtomicU64,
 }
@@ -199,7 +225,7 @@ impl RealFile {
         self.direct.get_or_init(open).as_ref()
     }
 
-    fn map(&self, capacity: u64) -> io::Result<&Bytes> {
+    fn map(&self, capacity: u64) -> io::Result<&Map> {
         if let Some(map) = self.map.get() {
             return Ok(map);
         }
@@ -207,10 +233,31 @@ impl RealFile {
         // SAFETY: the file is never shrunk, and `view` hands out only ranges that lie inside the
         // file at that time. Such a range holds bytes that are never written again (the contract
         // of `view`: batches are written once, a cut moves to a new file), so the memory behind a
-        // shared slice does not change. Memory past the end of the file is never read. Another
+        // shared slice does not change; a file gets other bytes only when no such slice is left (see
+        // `users`), through a map of its own. Memory past the end of the file is never read. Another
         // program that shrinks or rewrites a locked data directory is outside the promise.
         let map = unsafe { memmap2::MmapOptions::new().len(size).map(&self.file)? };
-        Ok(self.map.get_or_init(|| Bytes::from_owner(map)))
+        let pages = Arc::new(map);
+        let owner = Pages { map: Arc::clone(&pages), _user: Arc::clone(&self.user) };
+        Ok(self.map.get_or_init(|| Map { bytes: Bytes::from_owner(owner), pages }))
+    }
+}
+
+/// A file in memory, as the kernel reads it and as bytes.
+struct Map {
+    pages: Arc<memmap2::Mmap>,
+    bytes: Bytes,
+}
+
+/// Counts as a user of the file until the last slice of it is gone.
+struct Pages {
+    map: Arc<memmap2::Mmap>,
+    _user: Arc<()>,
+}
+
+impl AsRef<[u8]> for Pages {
+    fn as_ref(&self) -> &[u8] {
+        &self.map
     }
 }
 
@@ -253,8 +300,22 @@ impl File for RealFile {
         if end > capacity || end > self.size_seen.load(Ordering::Relaxed) && end > self.size()? {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let at = usize::try_from(at).map_err(io::Error::other)?;
-        Ok(self.map(capacity)?.slice(at..at + size))
+        let map = self.map(capacity)?;
+        let from = usize::try_from(at).map_err(io::Error::other)?;
+        // The kernel reads the pages here: where it cannot, touching them would end the process (SIGBUS).
+        if map.pages.advise_range(memmap2::Advice::PopulateRead, from, size).is_ok() {
+            return Ok(map.bytes.slice(from..from + size));
+        }
+        // It says why, or serves where the kernel does not know the call.
+        let mut bytes = vec![0; size];
+        if self.read_at(&mut bytes, at)? < size {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(bytes.into())
+    }
+
+    fn users(&self) -> Weak<()> {
+        Arc::downgrade(&self.user)
     }
 
     fn read_past_cache(&self, at: u64, size: usize) -> io::Result<Option<(u64, Bytes)>> {

@@ -20,6 +20,7 @@ use crate::disk::ring::{Job, Ring};
 use crate::disk::{BLOCK_SIZE, BlockFile, Disk, blocks};
 use crate::flush::{Flushed, Group, copy};
 use crate::log::LogCore;
+use arqon_proto::planted::{self, Bug};
 
 /// Bytes that are copied together and written side by side. Used over and over, so that it stays
 /// in the caches of the processor.
@@ -64,7 +65,8 @@ impl Flight {
         let opened = segment.blocks(engine.disk.as_ref());
         match opened.and_then(|blocks| Ok((blocks, segment.take_begun(group.at)?))) {
             Ok((blocks, begun)) => {
-                let flushed_with_disk = segment.reserve(group.end()) && blocks.flushed_with_disk();
+                let write_end = segment.write_end(group.end());
+                let flushed_with_disk = segment.reserve(write_end) && blocks.flushed_with_disk();
                 Some(Self { core: Arc::clone(core), group, started, blocks, flushed_with_disk, begun })
             }
             Err(error) => {
@@ -104,7 +106,8 @@ impl Writer {
         self.results.clear();
     }
 
-    /// Copies a group into the arena, in whole blocks; writes what is there when it is full.
+    /// Copies a group into the arena, in whole blocks and with zeroes behind it; writes what is there when
+    /// it is full.
     fn stage(&mut self, flights: &[Flight], number: usize, mut begun: Vec<u8>) {
         let group = &flights[number].group;
         let mut place = Place { flight: number, at: blocks::round_down(group.at), from: self.used };
@@ -118,6 +121,9 @@ impl Writer {
             let end = self.used.next_multiple_of(BLOCK_SIZE);
             self.arena[self.used..end].fill(0);
             self.used = end;
+        }
+        if group.segment.write_end(group.end()) > blocks::round_up(group.end()) {
+            self.copy(flights, &mut place, &[0; BLOCK_SIZE]);
         }
         self.close(&mut place);
         group.segment.put_begun(group.end(), begun);
@@ -206,6 +212,10 @@ impl Writer {
             numbers.filter(|at| writer.results[*at].is_ok() && flights[*at].flushed_with_disk == with_disk).collect()
         };
         let together = whole(self, true);
+        planted::crash_point("group-written");
+        if planted::has(Bug::AckBeforeFlush) {
+            return;
+        }
         if !together.is_empty()
             && let Err(error) = disk.flush()
         {
@@ -221,6 +231,7 @@ impl Writer {
                 Err(error) => self.fail(flight, named("fdatasync", &error)),
             }
         }
+        planted::crash_point("group-flushed");
     }
 
     /// A sync of each file, through the ring side by side. None is ever tried again.

@@ -9,6 +9,7 @@ use super::{Opener, Recovery, Stop, Walked};
 use crate::disk::{self, join};
 use crate::layout::{MANIFEST_FILE, Manifest, Mark, REWRITE_FILE, SEGMENT_DATA_AT, VOTE_FILE};
 use crate::segment::{Segment, SegmentState, read_front};
+use arqon_proto::planted::{self, Bug};
 
 impl Opener<'_> {
     /// Makes the disk agree with what was found, all of it durable: the bytes above the mark
@@ -22,6 +23,7 @@ impl Opener<'_> {
         leftover: &[String],
         vote: &Option<Bytes>,
     ) -> io::Result<(Mark, bool)> {
+        let syncs = !planted::has(Bug::RecoveredTailNotSynced);
         if recovery.rewritten {
             // After a failed sync the pages count as clean: only fresh blocks can be believed.
             tracing::warn!(
@@ -34,10 +36,16 @@ impl Opener<'_> {
                     segment.segment = Arc::new(self.rewrite(segment)?);
                 }
             }
-            disk::replace(self.disk, &self.dir, MANIFEST_FILE, manifest.encode())?;
-            disk::replace(self.disk, &self.dir, VOTE_FILE, crate::flush::encode_vote(vote.as_ref()))?;
+            disk::replace(self.disk, &self.dir, MANIFEST_FILE, manifest.encode(), disk::MANIFEST_POINTS)?;
+            disk::replace(
+                self.disk,
+                &self.dir,
+                VOTE_FILE,
+                crate::flush::encode_vote(vote.as_ref()),
+                disk::VOTE_POINTS,
+            )?;
         }
-        if let Some((number, from)) = walked.marked_at.filter(|_| !recovery.rewritten) {
+        if let Some((number, from)) = walked.marked_at.filter(|_| syncs && !recovery.rewritten) {
             self.write_again(walked.segments.iter().skip(number), from)?;
         }
         for name in [MANIFEST_FILE, VOTE_FILE] {
@@ -45,7 +53,7 @@ impl Opener<'_> {
         }
         let count = walked.segments.len();
         for (number, segment) in walked.segments.iter().enumerate() {
-            if segment.next_index > mark.next_index || number + 1 == count {
+            if syncs && (segment.next_index > mark.next_index || number + 1 == count) {
                 segment.segment.file()?.sync()?;
             }
         }
@@ -59,7 +67,10 @@ impl Opener<'_> {
                 let (next_index, chain) = (walked.end.index, walked.end.chain);
                 mark = Mark { sequence: mark.sequence + 1, next_index, chain, sealed_at, committed: mark.committed };
                 tail.segment.write_mark(&mark)?;
-                tail.segment.file()?.sync()?;
+                planted::crash_point("recovery-marked");
+                if syncs {
+                    tail.segment.file()?.sync()?;
+                }
             }
         }
         if let Some(tail) = walked.segments.back().filter(|_| !sealed) {
@@ -69,7 +80,7 @@ impl Opener<'_> {
         let tail = walked.segments.back().map(|tail| tail.segment.header.base_index);
         if manifest.tail != tail {
             manifest.tail = tail;
-            disk::replace(self.disk, &self.dir, MANIFEST_FILE, manifest.encode())?;
+            disk::replace(self.disk, &self.dir, MANIFEST_FILE, manifest.encode(), disk::MANIFEST_POINTS)?;
         }
         for name in leftover {
             match self.disk.remove(&join(&self.dir, name)) {
@@ -78,6 +89,7 @@ impl Opener<'_> {
                 _ => {}
             }
         }
+        planted::crash_point("recovery-cleaned");
         self.disk.sync_dir(&self.dir)?;
         if recovery.rewritten {
             self.disk.remove(&join(&self.dir, REWRITE_FILE))?;

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use arqon_proto::{DecodeError, Header, Offset, RaftIndex, limits};
 
 use super::{Bounds, Found, Opener, SMALL_SIZE_MAX, Stop, Walked};
-use crate::damage::{Cursor, Damage, Hole, resync};
-use crate::disk::{self, join};
+use crate::damage::{Cursor, Damage, Hole};
+use crate::disk::{self, is_unreadable, join};
 use crate::error::OpenError;
 use crate::index::{self, IndexPoint};
 use crate::layout::{Manifest, Mark, SEGMENT_DATA_AT, SegmentHeader};
 use crate::position::{LogPosition, index_after};
+use crate::search::resync;
 use crate::segment::{BatchError, Segment, SegmentState, Walk};
 
 impl Opener<'_> {
@@ -172,7 +173,13 @@ impl Opener<'_> {
         marked_end: u64,
     ) -> io::Result<Result<(Header, Cursor), Stop>> {
         let bad = |reason: &str| Ok(Err(Stop::Bad(reason.to_owned())));
-        let Some(bytes) = walk.bytes()? else { return Ok(Err(Stop::Zeroes)) };
+        let bytes = match walk.bytes() {
+            // What is promised to be there is damaged. Above the mark it may only be out of reach now, and a cut
+            // there would be for good.
+            Err(error) if is_unreadable(&error) && cursor.index < marked_end => return bad(&error.to_string()),
+            bytes => bytes?,
+        };
+        let Some(bytes) = bytes else { return Ok(Err(Stop::Zeroes)) };
         if bytes.iter().all(|byte| *byte == 0) {
             return Ok(Err(Stop::Zeroes));
         }

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use crate::support::*;
 use arqon_proto::{Batch, Offset, RaftIndex};
@@ -169,6 +169,16 @@ impl Promises {
             self.append(log, entries(5, log, 25, 500));
         }
         self.collect();
+        // Entries of one size: each file that becomes a segment again has old ones where the new ones go.
+        for _ in 0..3 {
+            self.append(log, entries(5, log, 26, 700));
+            self.collect();
+            if let Some(boundary) = log.last_segment_boundary(RaftIndex(next_index(log))) {
+                self.purge(log, boundary);
+            }
+            self.append(log, entries(5, log, 1, 700));
+            self.collect();
+        }
     }
 
     /// What must hold for the log as it was found.
@@ -272,6 +282,7 @@ impl Disk for LyingDisk {
         if self.1 == Lie::Flush { Ok(()) } else { self.0.flush() }
     }
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.note("rename from", from);
         self.note("rename to", to);
         self.0.rename(from, to)
     }
@@ -294,6 +305,10 @@ impl Disk for LyingDisk {
 }
 
 impl File for LyingFile {
+    fn users(&self) -> Weak<()> {
+        self.0.users()
+    }
+
     fn write_at(&self, pieces: &[Bytes], at: u64) -> io::Result<()> {
         self.0.write_at(pieces, at)
     }
@@ -397,6 +412,8 @@ fn nothing_acknowledged_is_lost_whenever_the_power_goes() {
         "create .seg.tmp",
         "rename to .seg",
         "rename to .idx",
+        "rename to .spare",
+        "rename from .spare",
         "rename to manifest",
         "rename to vote",
         "rename to checkpoint-newest",

@@ -6,31 +6,14 @@ use std::sync::Arc;
 use crate::support::*;
 use arqon_proto::{Offset, RaftIndex};
 use arqon_storage::{
-    BatchInspection, CheckpointKind, Disk, FaultyDisk, Log, MemoryDisk, OpenError, Operation, Options, ReadError,
-    Store, inspect_on,
+    BatchInspection, CheckpointKind, Disk, FaultyDisk, MemoryDisk, OpenError, Operation, ReadError, Store, inspect_on,
 };
 use bytes::Bytes;
 
-fn log_dir() -> String {
-    format!("logs/{}-{}", GROUP, REPLICA)
-}
-
-/// Paths of the files of the log that end so.
-fn files(disk: &MemoryDisk, suffix: &str) -> Vec<String> {
-    let names = disk.list(&log_dir()).unwrap();
-    names.iter().filter(|name| name.ends_with(suffix)).map(|name| format!("{}/{name}", log_dir())).collect()
-}
-
-fn open_on(disk: Arc<dyn Disk>) -> Result<(Store, Log), OpenError> {
-    let store = Store::open_on(disk, identity(), Options { thread_count: 1, ..small_options() })?;
-    let (log, _) = store.open_log(GROUP, REPLICA)?;
-    Ok((store, log))
-}
-
 /// A closed log of two segments with a vote and a checkpoint.
-fn closed_log(entry_count: u64, size: usize) -> MemoryDisk {
+fn closed(entry_count: u64, size: usize) -> MemoryDisk {
     let disk = MemoryDisk::new();
-    let (store, log) = open_on(Arc::new(disk.again())).unwrap();
+    let (store, log, _) = open(&disk);
     append_many(&log, 1, entry_count, size);
     block_on(log.save_vote(Bytes::from("the vote"))).unwrap();
     block_on(log.save_checkpoint(CheckpointKind::Newest, position(1, 2), Bytes::from("the state"))).unwrap();
@@ -42,7 +25,7 @@ fn closed_log(entry_count: u64, size: usize) -> MemoryDisk {
 /// entry is there and each is right or reported damaged.
 #[test]
 fn a_flipped_bit_below_the_mark_is_never_silent() {
-    let disk = closed_log(6, 900);
+    let disk = closed(6, 900);
     let all = files(&disk, "");
     assert!(all.len() >= 5, "two segments, manifest, vote, checkpoint: {all:?}");
     let (mut refused_count, mut damaged_count) = (0, 0);
@@ -53,7 +36,7 @@ fn a_flipped_bit_below_the_mark_is_never_silent() {
             bytes[at] ^= 1 << (at % 8);
             let copy = MemoryDisk::copy_of(&disk);
             copy.set_bytes(&path, &bytes).unwrap();
-            let (_store, log) = match open_on(Arc::new(copy.again())) {
+            let (_store, log, _) = match try_open(&copy) {
                 Ok(opened) => opened,
                 Err(OpenError::Quarantined { reason, .. }) => {
                     assert!(!reason.is_empty());
@@ -88,12 +71,12 @@ fn a_flipped_bit_below_the_mark_is_never_silent() {
 
 #[test]
 fn reading_goes_on_behind_damaged_records() {
-    let disk = closed_log(6, 900);
+    let disk = closed(6, 900);
     let path = &files(&disk, ".seg")[0];
     let mut bytes = disk.bytes(path).unwrap();
-    bytes[12_288 + 1_028 + 500] ^= 1;
+    bytes[DATA_AT + 1_028 + 500] ^= 1;
     disk.set_bytes(path, &bytes).unwrap();
-    let (store, log) = open_on(Arc::new(disk.again())).unwrap();
+    let (store, log, _) = open(&disk);
     assert_eq!(log.read_data(Offset(0), RaftIndex(5), usize::MAX).unwrap().len(), 1, "what stands before is served");
     let error = log.read_data(Offset(1), RaftIndex(5), usize::MAX).unwrap_err();
     assert!(matches!(&error, ReadError::Damaged { first: Offset(1), last: Offset(1), .. }), "{error}");
@@ -103,36 +86,41 @@ fn reading_goes_on_behind_damaged_records() {
 
     let log = inspect_on(&disk.again()).unwrap().logs.remove(0);
     let lines: Vec<_> = log.segments[0].batches().collect();
-    assert!(matches!(&lines[1], BatchInspection::DamagedRecords { at, .. } if *at == 12_288 + 1_028), "{lines:?}");
+    assert!(
+        matches!(&lines[1], BatchInspection::DamagedRecords { at, .. } if *at == (DATA_AT + 1_028) as u64),
+        "{lines:?}"
+    );
     assert_eq!(log.marked_next_index, Some(6));
 }
 
 #[test]
 fn missing_and_shortened_files_are_noticed() {
-    let disk = closed_log(9, 900);
+    let disk = closed(9, 900);
     for path in files(&disk, "").into_iter().filter(|path| !path.contains("checkpoint")) {
         let copy = MemoryDisk::copy_of(&disk);
         copy.remove(&path).unwrap();
-        let error = open_on(Arc::new(copy)).err().unwrap_or_else(|| panic!("{path} is gone and nobody noticed"));
+        let error =
+            open_on(Arc::new(copy), one_thread()).err().unwrap_or_else(|| panic!("{path} is gone and nobody noticed"));
         assert!(matches!(error, OpenError::Quarantined { .. }), "{path}: {error}");
         let whole = disk.bytes(&path).unwrap();
         let used = whole.iter().rposition(|byte| *byte != 0).unwrap();
         for size in [0, used / 2, used] {
             let copy = MemoryDisk::copy_of(&disk);
             copy.set_bytes(&path, &whole[..size]).unwrap();
-            let error =
-                open_on(Arc::new(copy)).err().unwrap_or_else(|| panic!("{path} cut to {size} and nobody noticed"));
+            let error = open_on(Arc::new(copy), one_thread())
+                .err()
+                .unwrap_or_else(|| panic!("{path} cut to {size} and nobody noticed"));
             assert!(matches!(error, OpenError::Quarantined { .. }), "{path}: {error}");
         }
         let copy = MemoryDisk::copy_of(&disk);
         copy.set_bytes(&path, &vec![0; whole.len()]).unwrap();
-        assert!(open_on(Arc::new(copy)).is_err(), "{path} is all zeroes and nobody noticed");
+        assert!(open_on(Arc::new(copy), one_thread()).is_err(), "{path} is all zeroes and nobody noticed");
     }
 }
 
 #[test]
 fn a_newer_format_is_refused_and_not_touched() {
-    let disk = closed_log(3, 100);
+    let disk = closed(3, 100);
     for path in files(&disk, "").into_iter().filter(|path| !path.contains("checkpoint")).chain(["identity".to_owned()])
     {
         let copy = MemoryDisk::copy_of(&disk);
@@ -142,7 +130,7 @@ fn a_newer_format_is_refused_and_not_touched() {
         let crc = crc32fast::hash(&bytes[..16 + size]);
         bytes[16 + size..20 + size].copy_from_slice(&crc.to_le_bytes());
         copy.set_bytes(&path, &bytes).unwrap();
-        let error = open_on(Arc::new(copy.again())).err().unwrap();
+        let error = try_open(&copy).err().unwrap();
         assert!(matches!(error, OpenError::NewerFormat { version: 2, .. }), "{path}: {error}");
         assert!(error.to_string().contains("newer program"), "{error}");
         assert_eq!(copy.bytes(&path).unwrap(), bytes);
@@ -151,10 +139,10 @@ fn a_newer_format_is_refused_and_not_touched() {
 
 #[test]
 fn a_stale_file_of_another_placement_is_quarantined() {
-    let (disk, other) = (closed_log(5, 900), closed_log(5, 900));
+    let (disk, other) = (closed(5, 900), closed(5, 900));
     let path = files(&disk, ".seg").remove(0);
     disk.set_bytes(&path, &other.bytes(&path).unwrap()).unwrap();
-    assert!(matches!(open_on(Arc::new(disk)), Err(OpenError::Quarantined { .. })));
+    assert!(matches!(open_on(Arc::new(disk), one_thread()), Err(OpenError::Quarantined { .. })));
 }
 
 /// The story: the disk begins to fail at some operation. Nothing is acknowledged after that, the
@@ -171,7 +159,7 @@ fn a_failing_disk_poisons_the_log_and_loses_nothing_acknowledged() {
         for skip in 0..6 {
             let memory = MemoryDisk::new();
             let disk = FaultyDisk::new(Arc::new(memory.again()));
-            let (store, log) = open_on(Arc::new(disk.clone())).unwrap();
+            let (store, log, _) = open_on(Arc::new(disk.clone()), one_thread()).unwrap();
             append_many(&log, 1, 5, 700);
             disk.fail(operation, skip, kind);
             let mut acknowledged = 5;
@@ -201,7 +189,7 @@ fn a_failing_disk_poisons_the_log_and_loses_nothing_acknowledged() {
             disk.heal();
             drop((store, log, disk));
 
-            let (_store, log) = open_on(Arc::new(FaultyDisk::new(Arc::new(memory.again())))).unwrap();
+            let (_store, log, _) = open_on(Arc::new(FaultyDisk::new(Arc::new(memory.again()))), one_thread()).unwrap();
             assert!(next_index(&log) >= acknowledged, "{story}: acknowledged entries are lost");
             append_many(&log, 1, 3, 100);
         }
@@ -217,7 +205,7 @@ fn after_a_failed_sync_nothing_is_believed_that_it_left() {
     for marker in [true, false] {
         let memory = MemoryDisk::new();
         let disk = FaultyDisk::new(Arc::new(memory.again()));
-        let (store, log) = open_on(Arc::new(disk.clone())).unwrap();
+        let (store, log, _) = open_on(Arc::new(disk.clone()), one_thread()).unwrap();
         append_many(&log, 1, 2, 100);
         disk.fail(Operation::Sync, 0, ErrorKind::Other);
         if !marker {
@@ -240,7 +228,7 @@ fn after_a_failed_sync_nothing_is_believed_that_it_left() {
         drop((store, log));
         for seed in 0..20 {
             let after = MemoryDisk::copy_of(&memory).cut(seed);
-            let (_store, log) = open_on(Arc::new(after)).unwrap();
+            let (_store, log, _) = open_on(Arc::new(after), one_thread()).unwrap();
             assert_eq!(next_index(&log), kept, "the tail that was answered for is not durable");
         }
     }
@@ -267,7 +255,7 @@ fn inspection_needs_no_lock_and_changes_nothing() {
 #[test]
 fn truncated_entries_stay_gone_when_the_marks_that_tell_of_it_are_lost() {
     let disk = MemoryDisk::new();
-    let (store, log) = open_on(Arc::new(disk.again())).unwrap();
+    let (store, log, _) = open(&disk);
     append_many(&log, 1, 3, 300);
     block_on(log.truncate_from(RaftIndex(1))).unwrap();
     append_many(&log, 2, 1, 300);
@@ -280,7 +268,7 @@ fn truncated_entries_stay_gone_when_the_marks_that_tell_of_it_are_lost() {
         bytes[newest..newest + 4_096].fill(0);
         disk.set_bytes(&path, &bytes).unwrap();
     }
-    let (_store, log) = open_on(Arc::new(disk.again())).unwrap();
+    let (_store, log, _) = open(&disk);
     let found: Vec<_> = read_entries(&log, 0, usize::MAX).iter().map(essence).collect();
     assert_eq!(found, [essence(&data(1, 0, 1, 300, 0)), essence(&data(2, 1, 1, 300, 0))]);
 }

@@ -15,8 +15,7 @@ use arqon_storage::{
 };
 use bytes::Bytes;
 
-/// Where the batches of a segment begin, and where the slots of its mark stand.
-const DATA_AT: usize = 12_288;
+/// Where the slots of a segment's mark stand.
 const SLOTS_AT: [usize; 2] = [4_096, 8_192];
 
 /// The logs of the directory, one for each thing that can have happened to one.

@@ -1,35 +1,17 @@
 //! The saved index of a segment: it makes opening short and says nothing that the segment does not.
 
-use std::sync::Arc;
-
 use crate::support::*;
 use arqon_proto::{Offset, RaftIndex};
-use arqon_storage::{CheckpointKind, Disk, MemoryDisk, OpenError, Options, ReadError, Store};
+use arqon_storage::{CheckpointKind, Disk, MemoryDisk, OpenError, ReadError};
 use bytes::Bytes;
 
 const ENTRY_COUNT: u64 = 150;
 const SIZE: usize = 400;
 
-fn open_on(disk: &MemoryDisk) -> Result<(Store, arqon_storage::Log), OpenError> {
-    let options = Options { thread_count: 1, ..small_options() };
-    let store = Store::open_on(Arc::new(disk.again()), identity(), options)?;
-    let (log, _) = store.open_log(GROUP, REPLICA)?;
-    Ok((store, log))
-}
-
-/// Paths of the files of the log that end so, oldest first.
-fn files(disk: &MemoryDisk, suffix: &str) -> Vec<String> {
-    let dir = format!("logs/{GROUP}-{REPLICA}");
-    let mut names = disk.list(&dir).unwrap();
-    names.retain(|name| name.ends_with(suffix));
-    names.sort();
-    names.iter().map(|name| format!("{dir}/{name}")).collect()
-}
-
 /// A closed log of several segments, whose tail was indexed with a checkpoint.
-fn closed_log() -> MemoryDisk {
+fn closed() -> MemoryDisk {
     let disk = MemoryDisk::new();
-    let (store, log) = open_on(&disk).unwrap();
+    let (store, log, _) = open(&disk);
     append_many(&log, 1, ENTRY_COUNT, SIZE);
     let state = Bytes::from("the state");
     block_on(log.save_checkpoint(CheckpointKind::Newest, position(1, ENTRY_COUNT - 1), state)).unwrap();
@@ -39,7 +21,7 @@ fn closed_log() -> MemoryDisk {
 }
 
 fn assert_whole(disk: &MemoryDisk, what: &str) {
-    let (store, log) = open_on(disk).unwrap_or_else(|error| panic!("{what}: {error}"));
+    let (store, log, _) = try_open(disk).unwrap_or_else(|error| panic!("{what}: {error}"));
     let entries = read_entries(&log, 0, 1 << 20);
     assert_eq!(entries.len() as u64, ENTRY_COUNT, "{what}");
     for index in 0..ENTRY_COUNT {
@@ -54,7 +36,7 @@ fn assert_whole(disk: &MemoryDisk, what: &str) {
 
 #[test]
 fn what_lies_before_the_last_point_is_not_looked_at_to_open_a_log() {
-    let disk = closed_log();
+    let disk = closed();
     let (segments, indexes) = (files(&disk, ".seg"), files(&disk, ".idx"));
     assert!(indexes.len() >= 3, "{indexes:?} of {segments:?}");
     assert_whole(&disk, "with its indexes");
@@ -62,10 +44,10 @@ fn what_lies_before_the_last_point_is_not_looked_at_to_open_a_log() {
         let segment = index.replace(".idx", ".seg");
         let mut bytes = disk.bytes(&segment).unwrap();
         // The header of the second entry.
-        bytes[12_288 + 128 + SIZE + 40] ^= 1;
+        bytes[DATA_AT + 128 + SIZE + 40] ^= 1;
         let damaged = MemoryDisk::copy_of(&disk);
         damaged.set_bytes(&segment, &bytes).unwrap();
-        let (store, log) = open_on(&damaged).unwrap_or_else(|error| panic!("{segment}: {error}"));
+        let (store, log, _) = try_open(&damaged).unwrap_or_else(|error| panic!("{segment}: {error}"));
         assert_eq!(log.last(), Some(position(1, ENTRY_COUNT - 1)));
         let first: u64 = segment[segment.len() - 24..segment.len() - 4].parse().unwrap();
         assert_eq!(log.entries(RaftIndex(first)..RaftIndex(first + 1), 1).unwrap().len(), 1);
@@ -74,14 +56,14 @@ fn what_lies_before_the_last_point_is_not_looked_at_to_open_a_log() {
         drop((log, store));
 
         damaged.remove(index).unwrap();
-        let error = open_on(&damaged).err().unwrap();
+        let error = try_open(&damaged).err().unwrap();
         assert!(matches!(error, OpenError::Quarantined { .. }), "{error}");
     }
 }
 
 #[test]
 fn an_index_that_does_not_fit_changes_nothing() {
-    let disk = closed_log();
+    let disk = closed();
     let indexes = files(&disk, ".idx");
     for (number, path) in indexes.iter().enumerate() {
         let whole = disk.bytes(path).unwrap();
@@ -104,14 +86,14 @@ fn an_index_that_does_not_fit_changes_nothing() {
 #[test]
 fn an_index_of_truncated_entries_is_not_believed() {
     let disk = MemoryDisk::new();
-    let (store, log) = open_on(&disk).unwrap();
+    let (store, log, _) = open(&disk);
     append_many(&log, 1, ENTRY_COUNT, SIZE);
     drop(log);
     block_on(store.close());
     let stale: Vec<_> = files(&disk, ".idx").iter().map(|path| disk.bytes(path).unwrap()).collect();
     assert!(stale.len() >= 2);
 
-    let (store, log) = open_on(&disk).unwrap();
+    let (store, log, _) = open(&disk);
     block_on(log.truncate_from(RaftIndex(0))).unwrap();
     // The same sizes, so that every entry begins where a stale point says; other offsets.
     let entries = (0..ENTRY_COUNT).map(|index| data(2, index, 3, SIZE, 2_000 + index)).collect();
@@ -122,7 +104,7 @@ fn an_index_of_truncated_entries_is_not_believed() {
         for bytes in &stale {
             let copy = MemoryDisk::copy_of(&disk);
             copy.set_bytes(&path, bytes).unwrap();
-            let (_store, log) = open_on(&copy).unwrap();
+            let (_store, log, _) = open(&copy);
             for index in 0..ENTRY_COUNT {
                 let one = log.read_data(Offset(3 * index + 1), RaftIndex(u64::MAX), 1).unwrap();
                 assert_eq!(essence(&one[0]), essence(&data(2, index, 3, SIZE, 0)));
@@ -133,14 +115,14 @@ fn an_index_of_truncated_entries_is_not_believed() {
 
 #[test]
 fn a_log_start_within_an_indexed_segment_is_met() {
-    let disk = closed_log();
+    let disk = closed();
     for keep_from in [1, 20, 40, 77, ENTRY_COUNT - 1] {
         let copy = MemoryDisk::copy_of(&disk);
-        let (store, log) = open_on(&copy).unwrap();
+        let (store, log, _) = open(&copy);
         block_on(log.purge_through(position(1, keep_from - 1))).unwrap();
         drop(log);
         block_on(store.close());
-        let (_store, log) = open_on(&copy).unwrap();
+        let (_store, log, _) = open(&copy);
         assert_eq!(log.log_start(), Offset(keep_from));
         let entries = read_entries(&log, keep_from, 1 << 20);
         assert_eq!(entries.len() as u64, ENTRY_COUNT - keep_from);
@@ -156,13 +138,13 @@ fn a_log_start_within_an_indexed_segment_is_met() {
 #[test]
 fn an_indexed_entry_that_is_torn_leaves_the_one_before_it_whole() {
     let disk = MemoryDisk::new();
-    let (store, log) = open_on(&disk).unwrap();
+    let (store, log, _) = open(&disk);
     append_many(&log, 1, 60, SIZE);
     append_many(&log, 2, 10, SIZE);
     drop(log);
     block_on(store.close());
     let later = MemoryDisk::copy_of(&disk);
-    let (store, log) = open_on(&later).unwrap();
+    let (store, log, _) = open(&later);
     append_many(&log, 2, 1, SIZE);
     let state = Bytes::from("the state");
     block_on(log.save_checkpoint(CheckpointKind::Newest, position(1, 3), state)).unwrap();
@@ -173,7 +155,7 @@ fn an_indexed_entry_that_is_torn_leaves_the_one_before_it_whole() {
     let (mut bytes, arrived) = (disk.bytes(&segment).unwrap(), later.bytes(&segment).unwrap());
     let base: u64 = segment[segment.len() - 24..segment.len() - 4].parse().unwrap();
     assert!(base < 60, "the segment began in the first term");
-    let at = 12_288 + (70 - base) as usize * (128 + SIZE);
+    let at = DATA_AT + (70 - base) as usize * (128 + SIZE);
     bytes.resize(bytes.len().max(at + 128 + SIZE), 0);
     bytes[at..at + 128].copy_from_slice(&arrived[at..at + 128]);
     disk.set_bytes(&segment, &bytes).unwrap();
@@ -184,7 +166,7 @@ fn an_indexed_entry_that_is_torn_leaves_the_one_before_it_whole() {
     }
     disk.set_bytes(&index, &saved).unwrap();
 
-    let (_store, log) = open_on(&disk).unwrap();
+    let (_store, log, _) = open(&disk);
     assert_eq!(log.last(), Some(position(2, 69)));
     append_many(&log, 3, 5, SIZE);
     assert_eq!(read_entries(&log, 0, 1 << 20).len(), 75);
@@ -193,7 +175,7 @@ fn an_indexed_entry_that_is_torn_leaves_the_one_before_it_whole() {
 #[test]
 fn the_ends_of_terms_are_found_wherever_they_lie() {
     let disk = MemoryDisk::new();
-    let (store, log) = open_on(&disk).unwrap();
+    let (store, log, _) = open(&disk);
     let terms = [(1, 1), (2, 40), (3, 1), (4, 1), (7, 60), (8, 3), (9, 20)];
     let mut ends = Vec::new();
     for (term, count) in terms {
@@ -205,7 +187,7 @@ fn the_ends_of_terms_are_found_wherever_they_lie() {
     assert_eq!(term_ends(&log, 0, last), ends);
     drop(log);
     block_on(store.close());
-    let (_store, log) = open_on(&disk).unwrap();
+    let (_store, log, _) = open(&disk);
     assert_eq!(term_ends(&log, 0, last), ends);
     for first in 0..=last {
         assert_eq!(

@@ -5,28 +5,14 @@ use std::sync::Arc;
 
 use crate::support::*;
 use arqon_proto::{Batch, Offset, RaftIndex};
-use arqon_storage::{
-    Damage, Disk, FaultyDisk, Log, MemoryDisk, OpenError, Operation, Options, ReadError, Recovery, Store,
-};
+use arqon_storage::{Disk, FaultyDisk, Log, MemoryDisk, OpenError, Operation, Options, ReadError, Store};
 use bytes::Bytes;
 
 const COUNT: u64 = 60;
 const SIZE: usize = 700;
 /// The last entries are flushed and not known to be committed.
 const COMMITTED: u64 = 55;
-/// Byte at which the batches of a segment begin.
-const DATA_AT: usize = 12_288;
 const ENTRY_SIZE: usize = SIZE + 128;
-
-fn open_on(disk: Arc<dyn Disk>) -> Result<(Store, Log, Recovery), OpenError> {
-    let store = Store::open_on(disk, identity(), Options { thread_count: 1, ..small_options() })?;
-    let (log, recovery) = store.open_log(GROUP, REPLICA)?;
-    Ok((store, log, recovery))
-}
-
-fn open(disk: &MemoryDisk) -> (Store, Log, Recovery) {
-    open_on(Arc::new(disk.again())).unwrap()
-}
 
 /// Terms change now and then, and every seventh entry takes no offset.
 fn entry(index: u64) -> Batch {
@@ -34,37 +20,9 @@ fn entry(index: u64) -> Batch {
     if index % 7 == 3 { control(term, index, &"c".repeat(SIZE)) } else { data(term, index, 1, SIZE, 1_000 + index) }
 }
 
-fn close(store: Store, log: Log) {
-    block_on(store.close());
-    drop(log);
-}
-
 /// A closed log of several segments without saved indexes.
-fn closed_log() -> MemoryDisk {
-    let disk = MemoryDisk::new();
-    let (store, log, _) = open(&disk);
-    append_flushed(&log, (0..COUNT).map(entry).collect());
-    log.save_committed(position(1 + COMMITTED / 20, COMMITTED));
-    close(store, log);
-    for path in files(&disk, ".idx") {
-        disk.remove(&path).unwrap();
-        disk.sync_dir(&log_dir()).unwrap();
-    }
-    disk
-}
-
-fn log_dir() -> String {
-    format!("logs/{GROUP}-{REPLICA}")
-}
-
-fn files(disk: &MemoryDisk, suffix: &str) -> Vec<String> {
-    let names = disk.list(&log_dir()).unwrap();
-    names.iter().filter(|name| name.ends_with(suffix)).map(|name| format!("{}/{name}", log_dir())).collect()
-}
-
-/// The first index of a segment, by its name.
-fn base(path: &str) -> u64 {
-    path[path.len() - 24..path.len() - 4].parse().unwrap()
+fn closed() -> MemoryDisk {
+    closed_log((0..COUNT).map(entry), position(1 + COMMITTED / 20, COMMITTED))
 }
 
 /// Every entry is as it was written, or reported as damaged; says which ones are.
@@ -99,14 +57,9 @@ fn check(log: &Log, story: &str) -> Vec<u64> {
     damaged
 }
 
-/// As a peer would send them: without the fields that differ between replicas.
-fn from_peer(damage: &Damage) -> Vec<Batch> {
-    (damage.first.0..=damage.last.0).map(entry).collect()
-}
-
 fn repair_all(log: &Log, story: &str) {
     for damage in log.damaged() {
-        block_on(log.repair(&damage, from_peer(&damage))).unwrap_or_else(|error| panic!("{story}: {error}"));
+        block_on(log.repair(&damage, from_peer(&damage, entry))).unwrap_or_else(|error| panic!("{story}: {error}"));
     }
     assert_eq!(log.damaged(), [], "{story}");
     assert_eq!(check(log, story), Vec::<u64>::new(), "{story}");
@@ -114,7 +67,7 @@ fn repair_all(log: &Log, story: &str) {
 
 /// Opens damaged bytes, repairs them, and looks again after a restart. False when quarantined.
 fn is_repaired(disk: &MemoryDisk, story: &str) -> bool {
-    let (store, log, _) = match open_on(Arc::new(disk.again())) {
+    let (store, log, _) = match try_open(disk) {
         Ok(opened) => opened,
         Err(OpenError::Quarantined { .. }) => return false,
         Err(error) => panic!("{story}: {error}"),
@@ -137,7 +90,7 @@ fn is_repaired(disk: &MemoryDisk, story: &str) -> bool {
 /// comes back to the last bit with what a peer has; above it, its promise to the leader is broken.
 #[test]
 fn a_flipped_bit_in_committed_entries_is_repaired_and_one_above_is_quarantined() {
-    let disk = closed_log();
+    let disk = closed();
     let segments = files(&disk, ".seg");
     assert!(segments.len() >= 3, "{segments:?}");
     let (mut repaired, mut refused) = (0, 0);
@@ -157,7 +110,7 @@ fn a_flipped_bit_in_committed_entries_is_repaired_and_one_above_is_quarantined()
             }
             refused += 1;
             let of_tail = path == segments.last().unwrap();
-            let entry = base(path) + (at.saturating_sub(DATA_AT) / ENTRY_SIZE) as u64;
+            let entry = segment_base(path) + (at.saturating_sub(DATA_AT) / ENTRY_SIZE) as u64;
             assert!(of_tail && (at < DATA_AT || entry > COMMITTED), "{story}: entry {entry} is quarantined");
             assert_eq!(copy.bytes(path).unwrap(), bytes, "{story}: quarantine changed it");
         }
@@ -168,7 +121,7 @@ fn a_flipped_bit_in_committed_entries_is_repaired_and_one_above_is_quarantined()
 /// Only the entry whose header is bad is lost, not what follows it.
 #[test]
 fn what_stands_behind_a_bad_header_is_served() {
-    let disk = closed_log();
+    let disk = closed();
     let path = &files(&disk, ".seg")[0];
     let mut bytes = disk.bytes(path).unwrap();
     bytes[DATA_AT + ENTRY_SIZE + 9] ^= 4;
@@ -187,7 +140,7 @@ fn what_stands_behind_a_bad_header_is_served() {
 #[test]
 fn what_stands_behind_damage_that_a_reader_met_is_served() {
     for header in [false, true] {
-        let disk = closed_log();
+        let disk = closed();
         let options = || Options { index_step: 1 << 20, recent_size_max: 1, ..small_options() };
         let store = Store::open_on(Arc::new(disk.again()), identity(), options()).unwrap();
         let (log, _) = store.open_log(GROUP, REPLICA).unwrap();
@@ -195,7 +148,7 @@ fn what_stands_behind_damage_that_a_reader_met_is_served() {
         let mut bytes = disk.bytes(path).unwrap();
         bytes[DATA_AT + 4 * ENTRY_SIZE + if header { 20 } else { 200 }] ^= 1;
         disk.set_bytes(path, &bytes).unwrap();
-        let lost = base(path) + 4;
+        let lost = segment_base(path) + 4;
         assert_eq!(check(&log, "damaged in use"), [lost]);
         assert_eq!(check(&log, "and known"), [lost]);
         repair_all(&log, "in use");
@@ -207,10 +160,10 @@ fn what_stands_behind_damage_that_a_reader_met_is_served() {
 /// Whole files: gone, emptied, of another log, cut short, or an old state of them.
 #[test]
 fn lost_segments_before_the_newest_one_are_brought_back() {
-    let disk = closed_log();
+    let disk = closed();
     let segments = files(&disk, ".seg");
     let (last, before) = segments.split_last().unwrap();
-    let other = closed_log();
+    let other = closed();
     for (number, path) in before.iter().enumerate() {
         let whole = disk.bytes(path).unwrap();
         let used = whole.iter().rposition(|byte| *byte != 0).unwrap();
@@ -250,17 +203,17 @@ fn lost_segments_before_the_newest_one_are_brought_back() {
 /// A lost segment may begin with entries that were purged.
 #[test]
 fn a_lost_segment_that_was_purged_in_part_comes_back_in_part() {
-    let disk = closed_log();
+    let disk = closed();
     let (store, log, _) = open(&disk);
     let path = files(&disk, ".seg").swap_remove(1);
-    let last = base(&path) + 2;
+    let last = segment_base(&path) + 2;
     block_on(log.purge_through(position(1 + last / 20, last))).unwrap();
     close(store, log);
     disk.set_bytes(&path, b"nothing of use").unwrap();
     let (store, log, recovery) = open(&disk);
     let damage = &recovery.damaged[0];
     assert_eq!((recovery.damaged.len(), damage.first.0), (1, last + 1));
-    block_on(log.repair(damage, from_peer(damage))).unwrap();
+    block_on(log.repair(damage, from_peer(damage, entry))).unwrap();
     close(store, log);
     let (_store, log, recovery) = open(&disk);
     assert_eq!((recovery.damaged.len(), recovery.removed_segment_count), (0, 0));
@@ -271,24 +224,24 @@ fn a_lost_segment_that_was_purged_in_part_comes_back_in_part() {
 
 #[test]
 fn without_its_newest_segment_a_log_is_quarantined() {
-    let disk = closed_log();
+    let disk = closed();
     let last = files(&disk, ".seg").pop().unwrap();
     disk.remove(&last).unwrap();
-    let error = open_on(Arc::new(disk.again())).err().unwrap();
+    let error = try_open(&disk).err().unwrap();
     assert!(matches!(error, OpenError::Quarantined { .. }), "{error}");
 }
 
 /// Entries that are not bit by bit those that were lost change nothing.
 #[test]
 fn entries_that_do_not_fit_are_refused() {
-    let disk = closed_log();
+    let disk = closed();
     let path = &files(&disk, ".seg")[1];
     let mut bytes = disk.bytes(path).unwrap();
     bytes[DATA_AT + 3 * ENTRY_SIZE + 20] ^= 4;
     disk.set_bytes(path, &bytes).unwrap();
     let (_store, log, recovery) = open(&disk);
     let damage = &recovery.damaged[0];
-    let right = from_peer(damage);
+    let right = from_peer(damage, entry);
     let mut other = data(right[0].header.term.0, damage.first.0, 1, SIZE, 77);
     other.header.record_count = right[0].header.record_count;
     let mut torn = right.clone();
@@ -342,7 +295,7 @@ fn the_segment_that_is_being_written_is_repaired_in_use() {
 /// is gone; an entry is never wrong, and the repair can be made again.
 #[test]
 fn a_power_cut_in_a_repair_leaves_the_old_or_the_new() {
-    let whole = closed_log();
+    let whole = closed();
     let segments = files(&whole, ".seg");
     let mut bytes = whole.bytes(&segments[1]).unwrap();
     bytes[DATA_AT + 2 * ENTRY_SIZE + 20] ^= 4;
@@ -358,7 +311,7 @@ fn a_power_cut_in_a_repair_leaves_the_old_or_the_new() {
             let damage = &recovery.damaged[0];
             let before = disk.operation_count();
             disk.power_off_at(before + step);
-            let result = block_on(log.repair(damage, from_peer(damage)));
+            let result = block_on(log.repair(damage, from_peer(damage, entry)));
             let off = disk.operation_count() >= before + step;
             drop((store, log));
             for seed in 0..8 {
@@ -380,17 +333,17 @@ fn a_power_cut_in_a_repair_leaves_the_old_or_the_new() {
 /// A disk that fails during a repair leaves the log as it was, and in use.
 #[test]
 fn a_failed_repair_changes_nothing() {
-    let memory = closed_log();
+    let memory = closed();
     let path = &files(&memory, ".seg")[0];
     let mut bytes = memory.bytes(path).unwrap();
     bytes[DATA_AT + 20] ^= 4;
     memory.set_bytes(path, &bytes).unwrap();
     let disk = FaultyDisk::new(Arc::new(memory.again()));
-    let (_store, log, recovery) = open_on(Arc::new(disk.clone())).unwrap();
+    let (_store, log, recovery) = open_on(Arc::new(disk.clone()), one_thread()).unwrap();
     let damage = &recovery.damaged[0];
     for operation in [Operation::Write, Operation::Sync, Operation::Name] {
         disk.fail(operation, 0, ErrorKind::StorageFull);
-        assert!(block_on(log.repair(damage, from_peer(damage))).is_err());
+        assert!(block_on(log.repair(damage, from_peer(damage, entry))).is_err());
         disk.heal();
         assert_eq!((log.poisoned(), log.damaged().len()), (None, 1), "{operation:?}");
         assert_eq!(memory.bytes(path).unwrap(), bytes);
@@ -402,13 +355,13 @@ fn a_failed_repair_changes_nothing() {
 /// Damage that is purged or counted twice is off the list, and what is known is bounded.
 #[test]
 fn purged_damage_is_forgotten() {
-    let disk = closed_log();
+    let disk = closed();
     let segments = files(&disk, ".seg");
     disk.remove(&segments[0]).unwrap();
     let (store, log, _) = open(&disk);
     let listed = || store.metrics().damage_count.load(std::sync::atomic::Ordering::Relaxed);
     assert_eq!((log.damaged().len(), listed()), (1, 1));
-    let last = base(&segments[1]) - 1;
+    let last = segment_base(&segments[1]) - 1;
     block_on(log.purge_through(position(1 + last / 20, last))).unwrap();
     assert_eq!((log.damaged().len(), listed()), (0, 0));
     assert_eq!(log.log_start(), log.read_data(log.log_start(), RaftIndex(u64::MAX), 1).unwrap()[0].header.base_offset);
@@ -418,14 +371,14 @@ fn purged_damage_is_forgotten() {
 /// no log held open.
 #[test]
 fn the_scrubber_finds_what_nobody_reads() {
-    let disk = closed_log();
+    let disk = closed();
     let segments = files(&disk, ".seg");
     for (path, at) in [(&segments[0], 2 * ENTRY_SIZE + 400), (&segments[1], 5 * ENTRY_SIZE + 130)] {
         let mut bytes = disk.bytes(path).unwrap();
         bytes[DATA_AT + at] ^= 1;
         disk.set_bytes(path, &bytes).unwrap();
     }
-    let lost: Vec<u64> = vec![2, base(&segments[1]) + 5];
+    let lost: Vec<u64> = vec![2, segment_base(&segments[1]) + 5];
     let options = Options { scrub_rate_max: 1 << 30, ..small_options() };
     let store = Store::open_on(Arc::new(disk.again()), identity(), options).unwrap();
     let (log, recovery) = store.open_log(GROUP, REPLICA).unwrap();

@@ -13,8 +13,7 @@ const CAPACITY: u64 = 4 << 20;
 /// A quarter of the disk is reserved.
 fn open_on(disk: &MemoryDisk) -> (Store, Log) {
     let options = Options { reserve_percent_max: 25, segment_size_max: 256 << 10, ..small_options() };
-    let store = Store::open_on(Arc::new(disk.again()), identity(), options).unwrap();
-    let (log, _) = store.open_log(GROUP, REPLICA).unwrap();
+    let (store, log, _) = crate::support::open_on(Arc::new(disk.again()), options).unwrap();
     (store, log)
 }
 

@@ -7,12 +7,15 @@ use std::sync::mpsc::{Receiver, channel};
 
 use arqon_proto::{Batch, BatchKind, GroupId, Header, NodeId, Offset, RaftIndex, ReplicaId, Term};
 use arqon_storage::{
-    Backend, Disk, Identity, Log, LogPosition, MemoryDisk, Options, ReadError, RealDisk, Recovery, Store,
+    Backend, Damage, Disk, Identity, Log, LogPosition, MemoryDisk, OpenError, Options, ReadError, RealDisk, Recovery,
+    Store,
 };
 use bytes::Bytes;
 
 pub const GROUP: GroupId = GroupId(7);
 pub const REPLICA: ReplicaId = ReplicaId(3);
+/// Byte at which the batches of a segment begin.
+pub const DATA_AT: usize = 12_288;
 
 pub fn identity() -> Identity {
     Identity { cluster: "test".to_owned(), node: NodeId(1) }
@@ -32,6 +35,51 @@ pub fn small_options() -> Options {
         thread_count: 2,
         ..Options::default()
     }
+}
+
+/// The same with one thread, which does one thing after the other.
+pub fn one_thread() -> Options {
+    Options { thread_count: 1, ..small_options() }
+}
+
+/// Opens the one log of the tests.
+pub fn open_on(disk: Arc<dyn Disk>, options: Options) -> Result<(Store, Log, Recovery), OpenError> {
+    let store = Store::open_on(disk, identity(), options)?;
+    let (log, recovery) = store.open_log(GROUP, REPLICA)?;
+    Ok((store, log, recovery))
+}
+
+/// As a process does that starts again: the lock of the one before is gone.
+pub fn try_open(disk: &MemoryDisk) -> Result<(Store, Log, Recovery), OpenError> {
+    open_on(Arc::new(disk.again()), one_thread())
+}
+
+pub fn open(disk: &MemoryDisk) -> (Store, Log, Recovery) {
+    try_open(disk).unwrap()
+}
+
+pub fn close(store: Store, log: Log) {
+    block_on(store.close());
+    drop(log);
+}
+
+/// A closed log without saved indexes.
+pub fn closed_log(entries: impl Iterator<Item = Batch>, committed: LogPosition) -> MemoryDisk {
+    let disk = MemoryDisk::new();
+    let (store, log, _) = open(&disk);
+    append_flushed(&log, entries.collect());
+    log.save_committed(committed);
+    close(store, log);
+    for path in files(&disk, ".idx") {
+        disk.remove(&path).unwrap();
+        disk.sync_dir(&log_dir()).unwrap();
+    }
+    disk
+}
+
+/// What was lost, as a peer would send it: without the fields that differ between replicas.
+pub fn from_peer(damage: &Damage, entry: impl Fn(u64) -> Batch) -> Vec<Batch> {
+    (damage.first.0..=damage.last.0).map(entry).collect()
 }
 
 /// A disk that can be opened again and again.
@@ -94,9 +142,7 @@ impl Fixture {
     }
 
     pub fn open(&self) -> (Store, Log, Recovery) {
-        let store = self.store();
-        let (log, recovery) = store.open_log(GROUP, REPLICA).unwrap();
-        (store, log, recovery)
+        open_on(self.disk(), self.options.clone()).unwrap()
     }
 }
 
@@ -191,4 +237,21 @@ pub fn read_data(log: &Log, from: u64, size_max: usize) -> Vec<Batch> {
 /// What a test compares: the parts of an entry that the caller decided.
 pub fn essence(batch: &Batch) -> (u64, u64, u32, Bytes) {
     (batch.header.term.0, batch.header.index.0, batch.header.record_count, batch.records.clone())
+}
+
+pub fn log_dir() -> String {
+    format!("logs/{GROUP}-{REPLICA}")
+}
+
+/// Paths of the files of the log that end so, oldest first.
+pub fn files(disk: &MemoryDisk, suffix: &str) -> Vec<String> {
+    let mut names = disk.list(&log_dir()).unwrap();
+    names.retain(|name| name.ends_with(suffix));
+    names.sort();
+    names.iter().map(|name| format!("{}/{name}", log_dir())).collect()
+}
+
+/// The first index of a segment, by its path.
+pub fn segment_base(path: &str) -> u64 {
+    path[path.len() - 24..path.len() - 4].parse().unwrap()
 }

@@ -28,13 +28,15 @@ impl MetadataState {
         let config = altered(&topic.config, command)?;
         let mut growing = Vec::new();
         if config.partitions > topic.config.partitions {
+            growing = self.growing_with(&config, command.empty)?;
             let staying = self.nodes.iter().filter(|info| !info.leaving).count();
-            if config.replication as usize > staying {
-                let problem =
-                    format!("{} replicas each need as many nodes that stay, there are {staying}", config.replication);
+            if let Some(topic) = growing.iter().find(|topic| topic.config.replication as usize > staying) {
+                let problem = format!(
+                    "topic {:?} has {} replicas of each, which need as many nodes that stay, there are {staying}",
+                    topic.config.name, topic.config.replication
+                );
                 return Err(invalid("partitions", problem));
             }
-            growing = self.growing_with(&config, command.empty)?;
             let added: u32 = growing.iter().map(|topic| config.partitions - topic.config.partitions).sum();
             let existing: usize = self.topics().map(|topic| topic.partitions.len()).sum();
             if existing + added as usize > PARTITION_TOTAL_MAX {
@@ -210,6 +212,29 @@ mod tests {
             let topic = state.topic("acme", name).unwrap();
             assert_eq!((topic.partitions.len(), topic.config.partitions), (3, 3), "{name}");
         }
+    }
+
+    /// After most nodes were lost, the companions of a jobs topic may ask for more copies than there are nodes.
+    #[test]
+    fn no_topic_gets_two_copies_of_a_partition_on_one_node() {
+        let mut state = with_topics(&["a.results"]);
+        let config = wire::TopicConfig {
+            tenant: "acme".into(),
+            name: "a.jobs".into(),
+            partitions: 2,
+            retention_ms: 1,
+            replication: 1,
+            ..Default::default()
+        };
+        let create = wire::CreateTopicCommand { config: Some(config), request_id: Bytes::new() };
+        run(&mut state, Command::CreateTopic(create)).unwrap();
+        let recovery = wire::UnsafeRecoveryCommand { lost: vec![2, 3], ..Default::default() };
+        run(&mut state, Command::UnsafeRecovery(recovery)).unwrap();
+        let before = state.clone();
+        let refused = alter(&mut state, "a.jobs", |c| (c.partitions, c.empty) = (Some(3), true)).unwrap_err();
+        assert_eq!((refused.code(), refused.field.as_str()), (ErrorCode::ValidationError, "partitions"));
+        assert!(refused.message.contains("\"a.results\" has 3 replicas"), "{}", refused.message);
+        assert_eq!(state, before);
     }
 
     #[test]

@@ -66,6 +66,11 @@ impl Burials {
         self.buried.retain(|job| job.group != group || !offsets.contains(&job.offset));
     }
 
+    /// The whole queue of `group` is gone.
+    pub(super) fn forget_group(&mut self, group: &str) {
+        self.buried.retain(|job| job.group != group);
+    }
+
     /// When the pause ends, if one lasts at `now`.
     pub(super) fn retry_at(&self, now: Instant) -> Option<Instant> {
         self.retry_at.filter(|at| *at > now)

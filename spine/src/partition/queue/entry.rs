@@ -11,10 +11,13 @@ use super::{
     Lead,
     clock::Clock,
     lines::Lines,
-    requests::{Settle, SettleKind, Waiting},
+    requests::{DeleteGroup, Settle, SettleKind, Waiting},
 };
 use crate::{
-    partition::grants::{Granted, Grants},
+    partition::{
+        error::invalid,
+        grants::{Granted, Grants},
+    },
     state::{Queue, push_range, ranges_of},
 };
 
@@ -26,6 +29,7 @@ pub(super) enum Part {
     Own,
     Settle { settle: Settle, lost: Vec<wire::LeaseRef> },
     Grant { waiting: Waiting, granted: Granted },
+    Delete(DeleteGroup),
 }
 
 impl Part {
@@ -34,6 +38,7 @@ impl Part {
             Self::Own => {}
             Self::Settle { settle, .. } => drop(settle.reply.send(Err(cause))),
             Self::Grant { waiting, .. } => waiting.refuse(cause),
+            Self::Delete(delete) => drop(delete.reply.send(Err(cause))),
         }
     }
 }
@@ -69,11 +74,16 @@ pub(super) struct Flight {
 impl Lead<'_> {
     /// Puts everything that waits into one entry and proposes it, if there is anything.
     pub(super) async fn build(&mut self, now: Instant) {
+        let mut entry = Entry::default();
+        self.put_deletes(&mut entry);
+        if !entry.parts.is_empty() {
+            // What else waits may be of the groups that go: it sees the state after this entry.
+            return self.fly(entry);
+        }
         let (mut at_hand, replica) = (Vec::new(), self.replica.clone());
         for offset in self.next_jobs() {
             at_hand.extend(replica.jobs_ahead(offset).await);
         }
-        let mut entry = Entry::default();
         while entry.has_room()
             && let Some(settle) = self.settling.pop_front()
         {
@@ -82,10 +92,49 @@ impl Lead<'_> {
         self.put_expired(now, &mut entry);
         self.put_buried(&mut entry);
         self.put_grants(at_hand, &mut entry);
-        let Entry { record, parts, .. } = entry;
-        if !parts.is_empty() {
-            let outcome = self.propose(record.clone()).boxed();
-            self.flight = Some(Flight { record, parts, outcome });
+        if !entry.parts.is_empty() {
+            self.fly(entry);
+        }
+    }
+
+    fn fly(&mut self, Entry { record, parts, .. }: Entry) {
+        let outcome = self.propose(record.clone()).boxed();
+        self.flight = Some(Flight { record, parts, outcome });
+    }
+
+    /// Puts the groups that may go into the entry, each once; answers the others at once.
+    fn put_deletes(&mut self, entry: &mut Entry) {
+        let mut going = BTreeSet::new();
+        for delete in std::mem::take(&mut self.deleting) {
+            if going.contains(&delete.group) {
+                // It sees in the next entry what this one has done.
+                self.deleting.push_back(delete);
+                continue;
+            }
+            let known = {
+                let shared = self.replica.machine.lock();
+                shared.state.queue(&delete.group).map(|queue| queue.leases().len())
+            };
+            let waiting_count = self.lines.by_group.get(&delete.group).map_or(0, BTreeMap::len);
+            let Some(leased_count) = known else {
+                let _ = delete.reply.send(Ok(false));
+                continue;
+            };
+            if !delete.force && leased_count + waiting_count > 0 {
+                let message = format!(
+                    "group {:?} of {} is in use: {leased_count} jobs are leased and {waiting_count} workers wait; stop \
+                     its workers first, or force it",
+                    delete.group,
+                    self.replica.name()
+                );
+                let _ = delete.reply.send(Err(invalid("group", message)));
+            } else if delete.only_check {
+                let _ = delete.reply.send(Ok(true));
+            } else {
+                let group = delete.group.clone();
+                going.insert(group.clone());
+                entry.put(&group, Command::Delete(wire::QueueDelete {}), Part::Delete(delete));
+            }
         }
     }
 
@@ -195,5 +244,6 @@ pub(super) fn ranges_in(command: &Command) -> &[wire::OffsetRange] {
         Command::Renew(renew) => &renew.ranges,
         Command::Expire(expire) => &expire.ranges,
         Command::Bury(bury) => &bury.ranges,
+        Command::Delete(_) => &[],
     }
 }

@@ -2,7 +2,7 @@
 //! at most one control entry is in flight with all that had come by then.
 //!
 //! ```text
-//!   requests --> waiting, settling ---build---> one entry --commit--> answers, clocks
+//!   requests --> waiting, settling, deleting ---build---> one entry --commit--> answers, clocks
 //!   clocks: leases that run out, delays that end ---^                  (then the next one)
 //!
 //!   requests.rs  what workers ask                  entry.rs    one entry out of what waits
@@ -34,7 +34,13 @@ use tokio::{
     time::Instant,
 };
 
-use self::{burials::Burials, clock::Clock, entry::Flight, lines::Lines, requests::Settle};
+use self::{
+    burials::Burials,
+    clock::Clock,
+    entry::Flight,
+    lines::Lines,
+    requests::{DeleteGroup, Settle},
+};
 use super::{
     Replica,
     error::{overloaded, unknown_outcome},
@@ -113,6 +119,7 @@ struct Lead<'a> {
     clocks: BTreeMap<String, Clock>,
     lines: Lines,
     settling: VecDeque<Settle>,
+    deleting: VecDeque<DeleteGroup>,
     flight: Option<Flight>,
     retry_at: Option<Instant>,
     burials: Burials,
@@ -128,6 +135,7 @@ impl<'a> Lead<'a> {
             clocks: BTreeMap::new(),
             lines: Lines::default(),
             settling: VecDeque::new(),
+            deleting: VecDeque::new(),
             flight: None,
             retry_at: None,
             burials: Burials::default(),
@@ -206,6 +214,7 @@ impl<'a> Lead<'a> {
             }
             Request::Work { group, waiting } => self.lines.join(group, waiting),
             Request::Settle(settle) => self.settling.push_back(settle),
+            Request::DeleteGroup(delete) => self.deleting.push_back(delete),
             Request::ExpireOperator { operator_id } => self.end_leases_of(&operator_id),
         }
     }
@@ -250,6 +259,9 @@ impl<'a> Lead<'a> {
         }
         for settle in self.settling.drain(..) {
             let _ = settle.reply.send(Err(error.clone()));
+        }
+        for delete in self.deleting.drain(..) {
+            let _ = delete.reply.send(Err(error.clone()));
         }
         for waiting in self.lines.take_all() {
             waiting.refuse(error.clone());

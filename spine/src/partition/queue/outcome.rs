@@ -36,8 +36,15 @@ impl Lead<'_> {
                 for range in without(ranges_in(&inner), &lost) {
                     self.took_effect(&command.group, &inner, &range, now);
                 }
-                if let Command::Bury(bury) = inner {
-                    self.burials.forget(&command.group, &each(&bury.ranges).map(|(offset, _)| offset).collect());
+                match inner {
+                    Command::Bury(bury) => {
+                        self.burials.forget(&command.group, &each(&bury.ranges).map(|(offset, _)| offset).collect());
+                    }
+                    Command::Delete(_) => {
+                        self.clocks.remove(&command.group);
+                        self.burials.forget_group(&command.group);
+                    }
+                    _ => {}
                 }
             }
             self.answer(&command.group, part, lost, now);
@@ -109,12 +116,15 @@ impl Lead<'_> {
                 (first..end).for_each(|offset| _ = clock.dead.remove(&offset));
                 add(&metrics.dead_count, count);
             }
+            // Names no jobs.
+            Command::Delete(_) => {}
         }
     }
 
     fn answer(&mut self, group: &str, part: Part, lost: BTreeSet<(u64, u32)>, now: Instant) {
         match part {
             Part::Own => {}
+            Part::Delete(delete) => drop(delete.reply.send(Ok(true))),
             Part::Settle { settle, lost: mut all } => {
                 all.extend(lost.into_iter().map(|(offset, attempt)| wire::LeaseRef { offset, attempt }));
                 let _ = settle.reply.send(Ok(wire::Settled { lost: all }));

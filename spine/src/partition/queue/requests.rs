@@ -51,7 +51,16 @@ pub(super) enum SettleKind {
 pub(in crate::partition) enum Request {
     Work { group: String, waiting: Waiting },
     Settle(Settle),
+    DeleteGroup(DeleteGroup),
     ExpireOperator { operator_id: String },
+}
+
+pub(in crate::partition) struct DeleteGroup {
+    pub(super) group: String,
+    pub(super) force: bool,
+    pub(super) only_check: bool,
+    /// Whether there is, or was, such a group.
+    pub(super) reply: oneshot::Sender<Result<bool, wire::Error>>,
 }
 
 pub(in crate::partition) struct Settle {
@@ -66,6 +75,7 @@ impl Request {
         match self {
             Self::Work { waiting, .. } => waiting.refuse(cause),
             Self::Settle(settle) => drop(settle.reply.send(Err(cause))),
+            Self::DeleteGroup(delete) => drop(delete.reply.send(Err(cause))),
             Self::ExpireOperator { .. } => {}
         }
     }
@@ -128,6 +138,20 @@ impl Partition {
     /// As [`Partition::ack`].
     pub async fn renew(&self, request: wire::Renew) -> Result<wire::Settled, wire::Error> {
         self.settle(SettleKind::Renew, request.group, request.leases).await
+    }
+
+    /// Forgets what a group has settled, leased and pending; says whether there was such a group. Without `force`
+    /// only while no worker holds a lease or waits for jobs. With `only_check` nothing is done.
+    ///
+    /// # Errors
+    /// NOT_LEADER; VALIDATION_ERROR on a topic that holds no jobs, or naming `group` while it is in use;
+    /// OVERLOADED; UNKNOWN_OUTCOME.
+    pub async fn delete_group(&self, group: &str, force: bool, only_check: bool) -> Result<bool, wire::Error> {
+        self.require_queue()?;
+        let (reply, answer) = oneshot::channel();
+        let delete = DeleteGroup { group: group.to_owned(), force, only_check, reply };
+        self.ask(Request::DeleteGroup(delete))?;
+        answer.await.unwrap_or_else(|_| Err(unknown_outcome("the partition is shutting down")))
     }
 
     /// Takes back all leases of an operator that has expired. No effect where this replica

@@ -2,11 +2,12 @@
 
 use std::{
     collections::HashMap,
+    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arqon_proto::{
@@ -135,7 +136,7 @@ impl Cluster {
             partitions: Mutex::default(),
             now_ms: AtomicU64::new(1_000_000),
             lost_answer_count: AtomicU64::new(0),
-            ahead: Ahead::start().unwrap(),
+            ahead: Ahead::start(true).unwrap(),
             is_low: AtomicBool::new(false),
             is_clock_off: AtomicBool::new(false),
         });
@@ -152,7 +153,7 @@ impl Cluster {
             let peer_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             addresses.push((*node, peer_listener.local_addr().unwrap().to_string()));
             let identity = Identity { cluster: "test".into(), node: *node };
-            let store = Store::open(dir.path(), identity, Options::default()).unwrap();
+            let store = open_store(dir.path(), identity).await;
             let secret = vec![7; 32];
             self.hosts.push(Host::start(
                 HostOptions { node: *node, cluster: "test".into(), secret, tls: None, peer_listener },
@@ -173,6 +174,7 @@ impl Cluster {
                     may_create: true,
                     first: node.0 == 1,
                     followers_act: false,
+                    owner: "test".to_owned(),
                 };
                 let topic = Arc::new(topic(name));
                 let services = self.shared.clone();
@@ -201,6 +203,19 @@ impl Cluster {
             host.shutdown().await;
         }
         self.open().await;
+    }
+}
+
+/// Opens a data directory. Tasks of the run before, which would end with its process, may hold their logs a moment longer.
+async fn open_store(dir: &Path, identity: Identity) -> Store {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match Store::open(dir, identity.clone(), Options::default()) {
+            Err(arqon_storage::OpenError::InUse { .. }) if Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            opened => return opened.unwrap(),
+        }
     }
 }
 

@@ -80,6 +80,7 @@ async fn a_topic_that_is_full_behind_a_queue_names_it_and_goes_on_when_the_queue
     assert_eq!((refused.code(), refused.field.as_str()), (ErrorCode::TopicFull, JOBS));
     assert!(refused.message.contains("a.jobs/0") && refused.message.contains("queue group \"g\""), "{refused:?}");
     assert!(refused.message.contains("to offset 0") && refused.retry_after_ms > 0, "{refused:?}");
+    assert!(refused.message.contains("`arqon group delete a.jobs g`"), "{refused:?}");
     let status = jobs.full_status();
     let holder = &status.holders[0];
     assert_eq!((holder.kind.as_str(), holder.name.as_str(), holder.floor), ("queue", "g", 0));
@@ -95,6 +96,32 @@ async fn a_topic_that_is_full_behind_a_queue_names_it_and_goes_on_when_the_queue
     fill(&jobs, JOBS, 1).await;
     assert!(trimmed(&jobs).await <= status.committed);
     assert_eq!(jobs.full_status().refuses, "");
+}
+
+/// The story: a group that nobody works in any more has a job that it never settles. Its operator gives it up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_is_full_behind_a_group_takes_records_when_the_group_is_deleted() {
+    let mut cluster = Cluster::start(1).await;
+    let jobs = cluster.leader(JOBS).await;
+    put_jobs(&jobs, 1).await;
+    let held = take(&jobs, 1).await;
+    while try_fill(&jobs, JOBS, 1).await.is_ok() {}
+    let refused = jobs.delete_group("g", false, false).await.unwrap_err();
+    assert_eq!((refused.code(), refused.field.as_str()), (ErrorCode::ValidationError, "group"));
+    assert!(refused.message.contains("1 jobs are leased"), "{refused:?}");
+    assert!(jobs.delete_group("g", true, true).await.unwrap());
+    assert_eq!(code(try_fill(&jobs, JOBS, 1).await), ErrorCode::TopicFull, "that was only asked");
+    assert!(!jobs.delete_group("other", false, false).await.unwrap());
+    assert!(jobs.delete_group("g", true, false).await.unwrap());
+    fill(&jobs, JOBS, 1).await;
+    assert_eq!(jobs.ack(ack(&held)).await.unwrap().lost.len(), 1, "its leases are gone");
+    assert!(jobs.full_status().queues.is_empty());
+    drop(jobs);
+    cluster.restart().await;
+    let jobs = cluster.leader(JOBS).await;
+    assert!(jobs.full_status().queues.is_empty(), "it stays deleted");
+    let again = take(&jobs, 1).await;
+    assert_eq!((again[0].offset, again[0].attempt), (jobs.status().log_start, 1), "one of its name begins anew");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
