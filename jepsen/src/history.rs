@@ -18,7 +18,7 @@
 //! A read begins at `offset` and holds every value from there up to its last one. With `tail` it
 //! holds everything from `offset` up to `hw`, the end of the log. Without `node` that is a
 //! linearizable read, at the leader; with `node` it is what that replica has. `final` marks the
-//! closing full read. `log_start` is the first offset that the answering replica keeps.
+//! closing full read; in a history without `start` the last reads from offset 0 with `tail` are that. `log_start` is the first offset that the answering replica keeps.
 //!
 //! Queues: the jobs are appends to `X.jobs/P`. A worker is told of a job (`take`, with value,
 //! offset and attempt), writes its result (`result` to `X.results/P`, whose value is the job's;
@@ -29,7 +29,7 @@
 //!
 //! Tokens: `access` with `token` (what is wrong with it, or `good`) and `verb`; `ok` is let in, `fail` refused.
 //!
-//! The nemesis writes `memory` now and then (value: bytes that are a node's own),
+//! The nemesis writes `not-run` (detail: which fault, and why not), `memory` now and then (value: bytes that are a node's own),
 //! `start` (nodes, keys, seed, workloads), its faults, and `heal` (nodes: the members then). `replicas`
 //! by the process "workload" names the nodes that must hold a key at the end.
 

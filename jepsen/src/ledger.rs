@@ -20,7 +20,7 @@ pub const DEFAULT_PATH: &str = "jepsen-ledger.jsonl";
 pub struct Entry {
     /// When it ended, in seconds since 1970.
     pub unix_seconds: u64,
-    /// The commit that the harness was built from; with `+` when files differed from it.
+    /// The commit that the nodes' program was built from; with `+` when sources differed from it.
     pub commit: String,
     /// The list of faults that was asked for.
     pub faults_asked: String,
@@ -36,6 +36,7 @@ pub struct Entry {
     pub acked_after_heal: u64,
     pub valid: bool,
     pub not_counted: Vec<String>,
+    pub not_run: Vec<String>,
     pub faults: Vec<FaultCount>,
     pub anomaly_counts: BTreeMap<String, u64>,
     pub failover_ms: Option<FailoverMs>,
@@ -58,7 +59,12 @@ pub fn read(path: &Path) -> Result<Vec<Entry>, String> {
         let line = line.map_err(told)?;
         if !line.trim().is_empty() {
             let entry = serde_json::from_str(&line);
-            entries.push(entry.map_err(|error| format!("ledger {} line {}: {error}", path.display(), index + 1))?);
+            let wrong = |why: &dyn std::fmt::Display| format!("ledger {} line {}: {why}", path.display(), index + 1);
+            let entry: Entry = entry.map_err(|error| wrong(&error))?;
+            if entry.commit.is_empty() {
+                return Err(wrong(&"commit is missing"));
+            }
+            entries.push(entry);
         }
     }
     Ok(entries)
@@ -77,18 +83,20 @@ pub fn append(path: &Path, entry: &Entry) -> Result<(), String> {
     file.write_all(&line).and_then(|()| file.sync_all()).map_err(told)
 }
 
-/// The commit of the working copy that this program was built in.
+/// The commit that a program was built from, by what it tells as its version (`0.1.0-5f0c1c2ad3b4`); with `+` when that
+/// is checked out here and sources differ from it.
 #[must_use]
-pub fn commit() -> String {
+pub fn commit(version: &str) -> String {
+    let commit = version.rsplit_once('-').map_or("unknown", |(_, commit)| commit);
     let git = |arguments: &[&str]| {
         let output = Command::new("git").arg("-C").arg(env!("CARGO_MANIFEST_DIR")).args(arguments).output().ok()?;
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
-    let Some(head) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
-    match git(&["status", "--porcelain", "--untracked-files=no"]) {
-        Some(changes) if changes.is_empty() => head,
-        _ => format!("{head}+"),
-    }
+    let is_here = git(&["rev-parse", "--short=12", "HEAD"]).is_some_and(|head| head == commit);
+    let sources =
+        ["status", "--porcelain", "--untracked-files=no", "--", ":/*.rs", ":/*.toml", ":/*.lock", ":/*.proto"];
+    let differs = is_here && git(&sources).is_none_or(|changes| !changes.is_empty());
+    format!("{commit}{}", if differs { "+" } else { "" })
 }
 
 #[cfg(test)]
@@ -105,8 +113,10 @@ mod tests {
         }
         let seeds: Vec<_> = read(&path).unwrap().iter().map(|entry| entry.seed).collect();
         assert_eq!(seeds, [Some(1), Some(2)]);
-        std::fs::write(&path, "{}\n{\"seed\":\n").unwrap();
+        std::fs::write(&path, "{\"commit\":\"c\"}\n{\"seed\":\n").unwrap();
         assert!(read(&path).unwrap_err().contains("ledger.jsonl line 2"));
+        std::fs::write(&path, "{\"process\":3,\"type\":\"invoke\"}\n").unwrap();
+        assert!(read(&path).unwrap_err().contains("line 1: commit is missing"));
     }
 
     #[test]

@@ -71,6 +71,7 @@ pub fn text(verdict: &Verdict, history: &Path, replay: Option<&str>) -> String {
     lines.extend(
         verdict.anomalies.iter().take(SHOWN_COUNT_MAX).map(|anomaly| format!("  {}: {}", anomaly.kind, anomaly.detail)),
     );
+    lines.extend(verdict.not_run.iter().map(|why| format!("NOT RUN: {why}")));
     lines.extend(verdict.not_counted.iter().map(|why| format!("NOT COUNTED: {why}")));
     lines.push(format!("history: {}", history.display()));
     lines.extend(replay.map(|replay| format!("replay:  {replay}")));

@@ -101,7 +101,7 @@ pub(crate) fn shown_time(time: Duration) -> String {
     humantime::format_duration(time).to_string().replace(' ', "")
 }
 
-fn parse_nodes(text: &str) -> Result<u32, String> {
+pub(crate) fn parse_nodes(text: &str) -> Result<u32, String> {
     match text {
         "3" => Ok(3),
         "5" => Ok(5),
@@ -139,6 +139,8 @@ struct Attempt {
     args: RunArgs,
     seed: u64,
     choice: Choice,
+    /// Faults that this machine cannot make.
+    not_run: Vec<String>,
     machine: Machine,
     /// What the nodes begin with.
     arqon: PathBuf,
@@ -157,7 +159,7 @@ pub async fn run(mut args: RunArgs) -> Result<Run, String> {
     let seed = args.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
     let replay = replay(&args, seed);
     let machine = Machine::look(args.arqon_before.is_some(), find_planted(args.planted.as_deref()));
-    let choice = possible(&args, &machine)?;
+    let (choice, not_run) = possible(&args, &machine)?;
     let dir = run_directory(args.dir.as_deref(), seed)?;
     let history_path = dir.join("history.jsonl");
     report::progress(args.json, &format!("seed {seed}, history {}", history_path.display()));
@@ -181,7 +183,7 @@ pub async fn run(mut args: RunArgs) -> Result<Run, String> {
     };
     let arqon = programs.as_ref().map_or(newest, |programs| programs.before.path.clone());
     let history = Arc::new(Writer::create(&history_path).map_err(|error| error.to_string())?);
-    let attempt = Attempt { args, seed, choice, machine, arqon, programs, data: data.path.clone() };
+    let attempt = Attempt { args, seed, choice, not_run, machine, arqon, programs, data: data.path.clone() };
     let verdict = attempt.make(held.as_ref(), own, &history, &history_path, &dir, &replay).await;
     data.keep |= !verdict.as_ref().is_ok_and(|verdict| verdict.valid);
     drop(held);
@@ -225,8 +227,8 @@ fn replay(args: &RunArgs, seed: u64) -> String {
     text
 }
 
-/// The faults of the list that this machine can make; says which it cannot.
-fn possible(args: &RunArgs, machine: &Machine) -> Result<Choice, String> {
+/// The faults of the list that this machine can make, and a line for each that it cannot.
+fn possible(args: &RunArgs, machine: &Machine) -> Result<(Choice, Vec<String>), String> {
     let mut choice = Choice::parse(&args.faults).map_err(|why| format!("--faults: {why}"))?;
     let wanted = choice.faults.len();
     let mut missing = Vec::new();
@@ -242,7 +244,7 @@ fn possible(args: &RunArgs, machine: &Machine) -> Result<Choice, String> {
     }
     match missing.first() {
         Some(line) if missing.len() == wanted => Err(line.clone()),
-        _ => Ok(choice),
+        _ => Ok((choice, missing)),
     }
 }
 
@@ -312,6 +314,9 @@ impl Attempt {
         let keys: Vec<String> = kinds.iter().flat_map(|kind| setup.keys(*kind)).collect();
         let names = kinds.iter().map(|kind| kind.name().to_owned()).collect();
         history.record(Line::start(setup.nodes.clone(), keys.clone(), self.seed, names));
+        for why in &self.not_run {
+            history.record(Line { detail: Some(why.clone()), ..Line::nemesis("not-run") });
+        }
         let mut watch = JoinSet::new();
         watch.spawn(memory::watch(cluster.running(), history.clone()));
         let mut workloads = Vec::new();

@@ -365,7 +365,15 @@ pub struct ScorecardArgs {
 /// # Errors
 /// One line: the ledger cannot be read.
 pub fn scorecard(args: &ScorecardArgs) -> Result<String, String> {
+    if !args.ledger.is_file() {
+        return Err(format!("--ledger {}: no such file", args.ledger.display()));
+    }
     let mut entries = ledger::read(&args.ledger)?;
+    if let Some(unknown) =
+        args.commit.iter().find(|begin| !entries.iter().any(|entry| entry.commit.starts_with(begin.as_str())))
+    {
+        return Err(format!("--commit {unknown}: no run in {} is of such a commit", args.ledger.display()));
+    }
     entries.retain(|entry| args.commit.is_empty() || args.commit.iter().any(|begin| entry.commit.starts_with(begin)));
     Ok(markdown(&entries))
 }

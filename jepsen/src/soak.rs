@@ -10,10 +10,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use clap::ValueEnum;
+
 use crate::{
     child::{self, Ask},
+    cluster::{Program, find_arqon},
+    fault::Choice,
     ledger::{self, Entry},
     scorecard::{Counts, ROWS, is_proven_quiet},
+    workload,
 };
 
 /// What the clients do, in turn.
@@ -38,13 +43,13 @@ pub struct SoakArgs {
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = crate::parse_time)]
     time: Duration,
     /// The faults of every run, as for `run` [default: what the scorecard lacks most]
-    #[arg(long, value_name = "LIST")]
+    #[arg(long, value_name = "LIST", value_parser = parse_faults)]
     faults: Option<String>,
     /// The workloads of every run, divided by commas [default: all in turn]
-    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_workload)]
     workload: Vec<String>,
     /// Nodes of each cluster: 3 or 5
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = crate::run::parse_nodes)]
     nodes: u32,
     /// Seed of the first run; the others count on from it [default: random]
     #[arg(long, value_name = "N")]
@@ -70,6 +75,14 @@ fn parse_hours(text: &str) -> Result<f64, String> {
     }
 }
 
+fn parse_faults(text: &str) -> Result<String, String> {
+    Choice::parse(text).map(|_| text.to_owned())
+}
+
+fn parse_workload(text: &str) -> Result<String, String> {
+    workload::Kind::from_str(text, false).map(|kind| kind.name().to_owned())
+}
+
 /// What a soak made of its time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Soaked {
@@ -85,7 +98,9 @@ pub struct Soaked {
 /// One line: the ledger cannot be used, or one run after the other ends without a verdict.
 pub async fn soak(args: &SoakArgs) -> Result<Soaked, String> {
     let program = std::env::current_exe().map_err(|error| format!("cannot tell where this program is: {error}"))?;
-    Soak::new(args, program)?.run().await
+    let arqon = find_arqon(args.arqon.clone()).await.map_err(|error| error.to_string())?;
+    let version = Program::ask(&arqon).await.map_err(|error| error.to_string())?.version;
+    Soak::new(args, program, ledger::commit(&version))?.run().await
 }
 
 struct Soak<'a> {
@@ -100,11 +115,11 @@ struct Soak<'a> {
 }
 
 impl<'a> Soak<'a> {
-    fn new(args: &'a SoakArgs, program: PathBuf) -> Result<Self, String> {
+    fn new(args: &'a SoakArgs, program: PathBuf, commit: String) -> Result<Self, String> {
         let entries = ledger::read(&args.ledger)?;
         let seed = args.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
         let count = entries.len() as u64;
-        Ok(Self { args, program, commit: ledger::commit(), entries, impossible: BTreeSet::new(), seed, count })
+        Ok(Self { args, program, commit, entries, impossible: BTreeSet::new(), seed, count })
     }
 
     async fn run(mut self) -> Result<Soaked, String> {
@@ -236,13 +251,13 @@ echo "{\"valid\":true,\"nodes\":3,\"workloads\":[\"$workloads\"],\"acked\":5,\"s
         let dir = tempfile::tempdir().unwrap();
         let args = args(dir.path(), 0.5);
         let program = program(dir.path(), VALID);
-        let first = Soak::new(&args, program.clone()).unwrap().run().await.unwrap();
+        let first = Soak::new(&args, program.clone(), "c".into()).unwrap().run().await.unwrap();
         let noted = ledger::read(&args.ledger).unwrap();
         assert_eq!(first, Soaked { runs: noted.len() as u64, invalid: 0 });
         assert_eq!(noted[0].faults_asked, "none", "the unfaulted twin comes first");
         assert!(noted.iter().any(|entry| !entry.faults.is_empty()), "{noted:?}");
         assert_eq!(std::fs::read_dir(dir.path().join("runs")).unwrap().count(), 0, "valid runs leave nothing");
-        let second = Soak::new(&args, program).unwrap().run().await.unwrap();
+        let second = Soak::new(&args, program, "c".into()).unwrap().run().await.unwrap();
         assert_eq!(ledger::read(&args.ledger).unwrap().len() as u64, first.runs + second.runs);
     }
 
@@ -250,7 +265,7 @@ echo "{\"valid\":true,\"nodes\":3,\"workloads\":[\"$workloads\"],\"acked\":5,\"s
     fn the_row_that_lacks_most_is_next_and_every_second_run_mixes() {
         let dir = tempfile::tempdir().unwrap();
         let args = args(dir.path(), 1.0);
-        let mut soak = Soak::new(&args, "unused".into()).unwrap();
+        let mut soak = Soak::new(&args, "unused".into(), "c".into()).unwrap();
         assert_eq!(soak.faults(), "mix");
         soak.count = 1;
         let first = soak.faults();
@@ -264,7 +279,7 @@ echo "{\"valid\":true,\"nodes\":3,\"workloads\":[\"$workloads\"],\"acked\":5,\"s
         let dir = tempfile::tempdir().unwrap();
         let args = args(dir.path(), 60.0);
         let program = program(dir.path(), "echo 'error: no arqon' >&2; exit 1");
-        let error = Soak::new(&args, program).unwrap().run().await.unwrap_err();
+        let error = Soak::new(&args, program, "c".into()).unwrap().run().await.unwrap_err();
         assert!(error.contains("gave no verdict") && error.contains("no arqon"), "{error}");
     }
 }

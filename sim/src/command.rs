@@ -49,12 +49,15 @@ struct Shape {
 #[derive(Args)]
 struct Many {
     /// How many seeds; without it and without --time: 200.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: Option<u64>,
+    /// So many seeds at least, however long they take.
+    #[arg(long, default_value_t = 1, requires = "time", conflicts_with = "seeds")]
+    seeds_min: u64,
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     from: u64,
-    /// No seed begins after this time.
+    /// No seed begins after this time, but for --seeds-min.
     #[arg(long, value_parser = humantime::parse_duration)]
     time: Option<Duration>,
     /// Processes at once; by default one for each processor.
@@ -67,7 +70,7 @@ struct Many {
     #[arg(long)]
     twice: bool,
     /// Prints what happens, of one seed.
-    #[arg(long, conflicts_with_all = ["seeds", "time", "jobs", "twice", "json", "stop_at_first"])]
+    #[arg(long, conflicts_with_all = ["seeds", "seeds_min", "time", "jobs", "twice", "json", "stop_at_first"])]
     trace: bool,
     /// Prints a report as JSON for each seed.
     #[arg(long)]
@@ -164,6 +167,7 @@ fn fleet(many: &Many, program: PathBuf, arguments: &[String]) -> Fleet {
         arguments,
         from: many.from,
         count,
+        count_min: many.seeds_min,
         time: many.time,
         parallelism,
         patience: SEED_PATIENCE,

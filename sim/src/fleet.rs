@@ -25,6 +25,8 @@ pub struct Fleet {
     pub from: u64,
     /// How many; the time alone decides when absent.
     pub count: Option<u64>,
+    /// At least so many, however long they take.
+    pub count_min: u64,
     /// No seed begins after this time.
     pub time: Option<Duration>,
     /// Processes at once.
@@ -63,7 +65,7 @@ impl Fleet {
         let work = || {
             loop {
                 let number = next.fetch_add(1, Relaxed);
-                let is_late = self.time.is_some_and(|time| begin.elapsed() >= time);
+                let is_late = number >= self.count_min && self.time.is_some_and(|time| begin.elapsed() >= time);
                 let is_over = self.stop_at_first && has_failed.load(Relaxed);
                 if is_late || is_over || self.count.is_some_and(|count| number >= count) {
                     return;

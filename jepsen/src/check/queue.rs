@@ -32,7 +32,8 @@ pub(super) fn check(history: &History) -> Vec<Anomaly> {
     let mut found = Vec::new();
     for (name, jobs) in &history.keys {
         let Some(results_name) = results_of(name) else { continue };
-        let Some(results) = history.keys.get(&results_name) else { continue };
+        let none = KeyHistory::default();
+        let results = history.keys.get(&results_name).unwrap_or(&none);
         let (jobs_order, results_order) = (Order::of(jobs), Order::of(results));
         let jobs_key = Key::new(name, jobs, history, &jobs_order);
         let results_key = Key::new(&results_name, results, history, &results_order);

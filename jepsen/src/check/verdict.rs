@@ -53,6 +53,8 @@ pub struct Verdict {
     pub valid: bool,
     /// Why the run proves nothing; empty when it counts.
     pub not_counted: Vec<String>,
+    /// Faults that were asked for and that the machine cannot make.
+    pub not_run: Vec<String>,
     /// Operations invoked.
     pub ops: u64,
     /// Writes acknowledged: appends, results, changes of topics.
@@ -141,6 +143,7 @@ pub fn judge(history: &History) -> Verdict {
     let mut verdict = Verdict {
         valid: false,
         not_counted: Vec::new(),
+        not_run: history.not_run.clone(),
         ops: history.ops,
         acked: count(|outcome| matches!(outcome, Outcome::Ok { .. })),
         failed: count(|outcome| *outcome == Outcome::Fail),

@@ -219,6 +219,8 @@ pub struct History {
     pub listings: Vec<Listing>,
     pub accesses: Vec<Access>,
     pub faults: Vec<Fault>,
+    /// What was asked for and this machine cannot do.
+    pub not_run: Vec<String>,
     /// In the order of their times.
     pub memory: Vec<Memory>,
     pub nodes: Vec<u64>,

@@ -1,7 +1,7 @@
 //! Reads a history and holds it to the rules of the format.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     fs::File,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
@@ -77,6 +77,13 @@ struct Parser {
 impl Parser {
     fn finish(mut self) -> History {
         self.history.keys = self.keys.into_iter().collect();
+        // A history of others need not say which nodes there are, nor which reads are the closing ones.
+        if self.history.nodes.is_empty() {
+            self.history.keys.values_mut().for_each(|key| find_closing(&mut key.reads));
+            let reads = self.history.keys.values().flat_map(|key| &key.reads);
+            let nodes: BTreeSet<u64> = reads.filter_map(|read| read.node).collect();
+            self.history.nodes = nodes.into_iter().collect();
+        }
         for key in self.history.keys.values_mut() {
             key.appends.shrink_to_fit();
             key.reads.shrink_to_fit();
@@ -140,6 +147,7 @@ impl Parser {
                 }
                 self.fault(line);
             }
+            "not-run" => self.history.not_run.extend(line.detail),
             "memory" => {
                 if let (Some(node), Some(Value::One(bytes))) = (line.node, line.value) {
                     self.history.memory.push(Memory { node, bytes, time: line.time });
@@ -399,6 +407,17 @@ impl Parser {
             _ => return Err("value of a read is no list of pairs".into()),
         }
         Ok(())
+    }
+}
+
+/// Where no read is marked as part of the closing one: of each node, and of the leader, the last that holds everything.
+fn find_closing(reads: &mut [Read]) {
+    if reads.iter().any(|read| read.last) {
+        return;
+    }
+    let mut done = HashSet::new();
+    for read in reads.iter_mut().rev().filter(|read| read.tail && read.offset.is_none_or(|offset| offset == 0)) {
+        read.last = done.insert(read.node);
     }
 }
 

@@ -71,6 +71,13 @@ pub(super) fn of(page: &Page<'_>) -> String {
         }
         out.push_str("</ul>");
     }
+    if !verdict.not_run.is_empty() {
+        out.push_str("<h2>What was not run</h2><ul>");
+        for why in &verdict.not_run {
+            let _ = write!(out, "<li>{}</li>", escaped(why));
+        }
+        out.push_str("</ul>");
+    }
     faults(&mut out, verdict);
     anomalies(&mut out, verdict);
     let _ = write!(out, "<h2>Latency, rate and memory</h2>{latency}{rate}{memory}");
