@@ -22,8 +22,10 @@ impl Partition {
     pub async fn fetch(&self, request: wire::Fetch) -> Result<(wire::Fetched, Vec<Batch>), wire::Error> {
         let replica = &self.replica;
         let term = if request.any_replica { None } else { Some(replica.require_leader()?) };
+        let mut is_confirmed = false;
         if request.linearizable {
             replica.confirm_leader().await?;
+            is_confirmed = true;
         }
         let wait_ms = request.wait_ms.min(limits::POLL_WAIT_MS_MAX);
         let deadline = Instant::now() + Duration::from_millis(u64::from(wait_ms));
@@ -32,6 +34,12 @@ impl Partition {
         loop {
             let now = *readable.borrow_and_update();
             status.borrow_and_update();
+            // A leader of before must not call an offset wrong that its successor has.
+            if !request.any_replica && !is_confirmed && Offset(request.offset) > now.next_offset {
+                replica.confirm_leader().await?;
+                is_confirmed = true;
+                continue;
+            }
             if let Some(reply) = replica.read(&request, now).await? {
                 return Ok(reply);
             }

@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use arqon_proto::{NodeId, wire, wire::ErrorCode};
+use arqon_proto::{
+    NodeId, wire,
+    wire::{ErrorCode, list_offsets::At},
+};
 use tokio::time::{sleep, timeout};
 
 use super::{
@@ -108,6 +111,24 @@ async fn leases_survive_a_change_of_leader_and_no_job_is_handed_out_twice() {
     assert!(next.ack(ack(&again)).await.unwrap().lost.is_empty());
     let queue = next.status().queues.into_iter().find(|queue| queue.group == "g").unwrap();
     assert_eq!((queue.floor, queue.leased), (10, 0));
+}
+
+/// The story: a consumer has read on at the new leader and comes back to the one of before, which is cut off and does not
+/// know it yet. It may say that it is no leader, and nothing of where the log begins or ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_of_before_calls_no_offset_wrong() {
+    let cluster = Cluster::start(3).await;
+    let leader = cluster.leader(EVENTS).await;
+    let beyond = || wire::Fetch { offset: 7, ..Default::default() };
+    let earliest = || wire::ListOffsets { at: Some(At::Earliest(true)), ..Default::default() };
+    assert_eq!(code(leader.fetch(beyond()).await), ErrorCode::OffsetOutOfRange);
+    assert_eq!(leader.list_offsets(earliest()).await.unwrap().offset, 0);
+    let own = leader.group().status().leader.unwrap();
+    for (_, host) in (1..).zip(&cluster.hosts).filter(|(node, _)| NodeId(*node) != own) {
+        host.shutdown().await;
+    }
+    assert_eq!(code(timeout(PATIENCE, leader.fetch(beyond())).await.unwrap()), ErrorCode::NotLeader);
+    assert_eq!(code(timeout(PATIENCE, leader.list_offsets(earliest())).await.unwrap()), ErrorCode::NotLeader);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
