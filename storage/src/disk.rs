@@ -41,11 +41,14 @@ pub trait Disk: Send + Sync + 'static {
     /// What error messages call this disk: a path, usually.
     fn name(&self) -> String;
 
-    /// Takes the directory for this handle until it is dropped.
+    /// Takes the directory for this handle until it is dropped, or [`Disk::unlock`].
     ///
     /// # Errors
     /// `WouldBlock` when another handle has it.
     fn lock(&self, path: &str) -> io::Result<()>;
+
+    /// Gives the directory back to whoever locks it next. Nothing is changed through this handle from then on.
+    fn unlock(&self);
 
     /// Opens a file that exists, for reading and writing.
     ///

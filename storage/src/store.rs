@@ -235,6 +235,7 @@ impl Store {
     /// # Errors
     /// The disk failed.
     pub fn set_placed(&self, bound: ReplicaId) -> io::Result<()> {
+        self.check_not_closed()?;
         let bytes = seal(What::Placed, &bound.0.to_le_bytes());
         disk::replace(self.hold.engine.disk.as_ref(), ".", PLACED_FILE, bytes, disk::STORE_POINTS)
     }
@@ -246,6 +247,8 @@ impl Store {
     /// The log is open or being opened already, quarantined, of a newer format, or the disk failed.
     pub fn open_log(&self, group: GroupId, replica: ReplicaId) -> Result<(Log, Recovery), OpenError> {
         let engine = &self.hold.engine;
+        let closed = |source| OpenError::Io { what: engine.disk.name(), source };
+        self.check_not_closed().map_err(closed)?;
         let mut opening = Opening::begin(engine, (group, replica)).ok_or(OpenError::LogOpen { group, replica })?;
         let dir = log_dir(group, replica);
         let created = create_log(engine.disk.as_ref(), group, replica)
@@ -263,6 +266,7 @@ impl Store {
     /// # Errors
     /// The disk failed.
     pub fn delete_log(&self, group: GroupId, replica: ReplicaId) -> io::Result<()> {
+        self.check_not_closed()?;
         let engine = &self.hold.engine;
         let result = self.delete_files(group, replica);
         engine.files.clear(engine.disk.as_ref(), Some(&Owner::Log(group, replica)));
@@ -286,8 +290,8 @@ impl Store {
         receiver.recv().unwrap_or_else(|_| Err(io::Error::other("the store was closed")))
     }
 
-    /// Flushes everything appended, syncs the durable marks and ends the threads. Logs of this
-    /// store take no writes from then on.
+    /// Flushes everything appended, syncs the durable marks, ends the threads and gives the directory back. Logs of this
+    /// store take no writes from then on, and it opens and deletes none.
     pub async fn close(self) {
         let open: Vec<_> = {
             let mut logs = self.hold.engine.logs_opened(|_| true);
@@ -309,6 +313,13 @@ impl Store {
         }
         self.hold.engine.stop();
         self.hold.join();
+        // Handles of logs may live a moment longer, in tasks that end; they change nothing any more.
+        self.hold.engine.disk.unlock();
+    }
+
+    /// Whoever changes the directory on a thread of its own asks first.
+    fn check_not_closed(&self) -> io::Result<()> {
+        if self.hold.engine.stopped() { Err(io::Error::other("the store was closed")) } else { Ok(()) }
     }
 }
 

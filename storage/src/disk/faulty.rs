@@ -136,6 +136,10 @@ impl Disk for FaultyDisk {
         self.disk.lock(path)
     }
 
+    fn unlock(&self) {
+        self.disk.unlock();
+    }
+
     fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
         Ok(self.wrap(path, self.disk.open(path)?))
     }

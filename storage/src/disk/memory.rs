@@ -427,6 +427,14 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
+    fn unlock(&self) {
+        let mut contents = self.lock_contents();
+        let own = self.lock.get().map(Arc::downgrade);
+        if own.is_some_and(|own| own.ptr_eq(&contents.locked)) {
+            contents.locked = Weak::new();
+        }
+    }
+
     fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let contents = self.lock_contents();
         contents.check(self.life)?;

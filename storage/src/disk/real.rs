@@ -104,6 +104,13 @@ impl Disk for RealDisk {
         Ok(())
     }
 
+    fn unlock(&self) {
+        if let Some(file) = self.lock.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // A file that is in use elsewhere keeps the lock otherwise. It cannot fail on an open file.
+            let _ = flock(&*file, FlockOperation::Unlock);
+        }
+    }
+
     fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let file = fs::File::options().read(true).write(!self.read_only).open(self.root.join(path))?;
         Ok(self.file(file))

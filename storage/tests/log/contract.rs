@@ -25,13 +25,15 @@ fn entries_are_readable_at_once_and_the_same_after_a_restart() {
         assert_eq!(log.next_offset(), Offset(5));
         let before = read_entries(&log, 0, usize::MAX);
         block_on(store.close());
-        drop(log);
+        // Somebody may still have the log in hand.
+        let old = log;
 
         let (_store, log, recovery) = fixture.open();
         assert_eq!((recovery.created, &recovery.cut, recovery.last), (false, &None, Some(position(1, 3))));
         assert_eq!(read_entries(&log, 0, usize::MAX), before);
         assert_eq!(log.next_offset(), Offset(5));
         assert_eq!(before.iter().map(|batch| batch.header.base_offset.0).collect::<Vec<_>>(), [0, 0, 3, 3]);
+        assert_eq!(read_entries(&old, 0, usize::MAX), before);
     }
 }
 

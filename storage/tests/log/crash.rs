@@ -265,6 +265,9 @@ impl Disk for LyingDisk {
     fn lock(&self, path: &str) -> io::Result<()> {
         self.0.lock(path)
     }
+    fn unlock(&self) {
+        self.0.unlock();
+    }
     fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
         let file = self.0.open(path)?;
         Ok(if self.1 == Lie::Files { Arc::new(LyingFile(file)) } else { file })

@@ -121,6 +121,9 @@ impl Disk for SlowDisk {
     fn lock(&self, path: &str) -> io::Result<()> {
         self.disk.lock(path)
     }
+    fn unlock(&self) {
+        self.disk.unlock();
+    }
     fn open(&self, path: &str) -> io::Result<Arc<dyn File>> {
         if path == self.slow {
             self.reached.send(()).unwrap();

@@ -2,12 +2,11 @@
 
 use std::{
     collections::HashMap,
-    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use arqon_proto::{
@@ -26,7 +25,7 @@ pub const RESULTS: &str = "a.results";
 pub const DEAD: &str = "a.jobs.dead";
 pub const EVENTS: &str = "a.events";
 pub const TENANT: &str = "acme";
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What all nodes of the test share, and the way between them.
 pub struct Shared {
@@ -153,7 +152,7 @@ impl Cluster {
             let peer_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             addresses.push((*node, peer_listener.local_addr().unwrap().to_string()));
             let identity = Identity { cluster: "test".into(), node: *node };
-            let store = open_store(dir.path(), identity).await;
+            let store = Store::open(dir.path(), identity, Options::default()).unwrap();
             let secret = vec![7; 32];
             self.hosts.push(Host::start(
                 HostOptions { node: *node, cluster: "test".into(), secret, tls: None, peer_listener },
@@ -203,19 +202,6 @@ impl Cluster {
             host.shutdown().await;
         }
         self.open().await;
-    }
-}
-
-/// Opens a data directory. Tasks of the run before, which would end with its process, may hold their logs a moment longer.
-async fn open_store(dir: &Path, identity: Identity) -> Store {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match Store::open(dir, identity.clone(), Options::default()) {
-            Err(arqon_storage::OpenError::InUse { .. }) if Instant::now() < deadline => {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            opened => return opened.unwrap(),
-        }
     }
 }
 
