@@ -13,6 +13,7 @@ use arqon_proto::planted::{self, Bug};
 use arqon_proto::{Batch, GroupId, NodeId, RaftIndex, ReplicaId, Term, limits};
 use arqon_storage::{CheckpointKind, Log, LogPosition, ReadError};
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use openraft::{
     ReadPolicy, ServerState,
     async_runtime::watch::WatchReceiver as _,
@@ -350,19 +351,24 @@ impl Group {
     ///
     /// # Errors
     /// `through` is not applied here, the log cannot be read, or the replica has stopped.
-    pub async fn trim(&self, through: LogPosition) -> io::Result<()> {
-        let inner = &self.inner;
-        let blank = inner.blank.lock().await;
-        if inner.log.purged() >= Some(through) {
-            return Ok(());
-        }
-        if inner.readable.borrow().index < Some(through.index) {
-            return Err(io::Error::other(format!("entry {} is not applied yet and cannot be trimmed", through.index)));
-        }
-        let checkpoint = self.make_checkpoint(blank.fresh(), through).await?;
-        inner.log.save_checkpoint(CheckpointKind::Retention, through, checkpoint).await?;
-        planted::crash_point("retention-checkpoint");
-        inner.raft.trigger().snapshot().await.map_err(io::Error::other)
+    pub fn trim(&self, through: LogPosition) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let inner = &self.inner;
+            let blank = inner.blank.lock().await;
+            if inner.log.purged() >= Some(through) {
+                return Ok(());
+            }
+            if inner.readable.borrow().index < Some(through.index) {
+                return Err(io::Error::other(format!(
+                    "entry {} is not applied yet and cannot be trimmed",
+                    through.index
+                )));
+            }
+            let checkpoint = self.make_checkpoint(blank.fresh(), through).await?;
+            inner.log.save_checkpoint(CheckpointKind::Retention, through, checkpoint).await?;
+            planted::crash_point("retention-checkpoint");
+            inner.raft.trigger().snapshot().await.map_err(io::Error::other)
+        })
     }
 
     /// The checkpoint of the state right after the entry `through`.
@@ -408,17 +414,19 @@ impl Group {
     ///
     /// # Errors
     /// `NotLeader` when this replica does not lead or `to` has no voter of the group.
-    pub async fn transfer_leader(&self, to: NodeId) -> Result<(), ProposeError> {
-        let raft = &self.inner.raft;
-        let target = {
-            let metrics = raft.server_metrics();
-            let metrics = metrics.borrow_watched();
-            let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
-            let mut nodes = metrics.membership_config.membership().nodes();
-            nodes.find(|(id, at)| at.node == to.0 && voters.contains(id)).map(|(id, _)| *id)
-        };
-        let refused = || ProposeError::NotLeader { leader: self.status().leader };
-        self.transfer_to(target.ok_or_else(refused)?).await
+    pub fn transfer_leader(&self, to: NodeId) -> BoxFuture<'_, Result<(), ProposeError>> {
+        Box::pin(async move {
+            let raft = &self.inner.raft;
+            let target = {
+                let metrics = raft.server_metrics();
+                let metrics = metrics.borrow_watched();
+                let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
+                let mut nodes = metrics.membership_config.membership().nodes();
+                nodes.find(|(id, at)| at.node == to.0 && voters.contains(id)).map(|(id, _)| *id)
+            };
+            let refused = || ProposeError::NotLeader { leader: self.status().leader };
+            self.transfer_to(target.ok_or_else(refused)?).await
+        })
     }
 
     /// As [`Self::transfer_leader`], to a voter by its id.

@@ -351,72 +351,74 @@ impl Host {
     ///
     /// # Errors
     /// [`OpenError`]; a quarantined replica stays known, and its peers are told.
-    pub async fn open(&self, spec: GroupSpec, machine: Box<dyn StateMachine>) -> Result<Group, OpenError> {
-        let (group, replica, owner) = (spec.group, spec.replica, spec.owner.clone());
-        if self.inner.groups.read().unwrap_or_else(PoisonError::into_inner).contains_key(&group) {
-            return Err(OpenError::AlreadyOpen(group));
-        }
-        let io = |source: io::Error| OpenError::Io { group, replica, source };
-        // Reads and syncs files: not on a thread that others wait for.
-        let store = self.inner.store.clone();
-        let open_log = move || {
-            if !spec.may_create && !store.has_log(group, replica).unwrap_or(true) {
-                let reason = "its log is gone".to_owned();
-                return Err(arqon_storage::OpenError::Quarantined { group, replica, reason });
+    pub fn open(&self, spec: GroupSpec, machine: Box<dyn StateMachine>) -> BoxFuture<'_, Result<Group, OpenError>> {
+        Box::pin(async move {
+            let (group, replica, owner) = (spec.group, spec.replica, spec.owner.clone());
+            if self.inner.groups.read().unwrap_or_else(PoisonError::into_inner).contains_key(&group) {
+                return Err(OpenError::AlreadyOpen(group));
             }
-            store.open_log(group, replica)
-        };
-        let log = match aside(self.inner.store.has_threads(), open_log).await.map_err(io)? {
-            Ok((log, recovery)) => {
-                tracing::debug!(group = group.0, replica = replica.0, ?recovery, "log opened");
-                log.set_owner(&owner);
-                log
+            let io = |source: io::Error| OpenError::Io { group, replica, source };
+            // Reads and syncs files: not on a thread that others wait for.
+            let store = self.inner.store.clone();
+            let open_log = move || {
+                if !spec.may_create && !store.has_log(group, replica).unwrap_or(true) {
+                    let reason = "its log is gone".to_owned();
+                    return Err(arqon_storage::OpenError::Quarantined { group, replica, reason });
+                }
+                store.open_log(group, replica)
+            };
+            let log = match aside(self.inner.store.has_threads(), open_log).await.map_err(io)? {
+                Ok((log, recovery)) => {
+                    tracing::debug!(group = group.0, replica = replica.0, ?recovery, "log opened");
+                    log.set_owner(&owner);
+                    log
+                }
+                Err(arqon_storage::OpenError::Quarantined { reason, .. }) => {
+                    return Err(self.quarantine(group, replica, reason));
+                }
+                Err(error) => return Err(io(io::Error::other(error))),
+            };
+            let installed = InstalledSlot::default();
+            let (readable_tx, readable) = watch::channel(Readable::default());
+            let blank = machine.fresh();
+            let machine = match Machine::open(machine, log.clone(), installed.clone(), readable_tx) {
+                Ok(machine) => machine,
+                // Its state is lost and cannot be made again from what is retained.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    return Err(self.quarantine(group, replica, error.to_string()));
+                }
+                Err(error) => return Err(io(error)),
+            };
+            let pulse = Arc::new(Pulse::new(&self.inner, spec.first));
+            let commit_patience = if spec.followers_act { Duration::ZERO } else { COMMIT_PATIENCE };
+            let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone(), commit_patience };
+            let repairs = self.inner.repairs.clone();
+            // Before openraft reads the log: it may need what is damaged.
+            let mut voters = repair::voter_nodes(machine.members());
+            if voters.is_empty() {
+                voters.push(spec.initial.iter().map(|(_, node)| *node).collect());
             }
-            Err(arqon_storage::OpenError::Quarantined { reason, .. }) => {
-                return Err(self.quarantine(group, replica, reason));
+            let place = repairs.add(log.clone(), voters);
+            let store = LogStore::new(log.clone(), installed, spec.initial.len() == 1, repairs.clone());
+            let appended = store.appended();
+            let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)
+                .await
+                .inspect_err(|_| repairs.remove(group))
+                .map_err(|fatal| match place.given_up() {
+                    Some(reason) => self.quarantine(group, replica, reason),
+                    None => io(io::Error::other(fatal)),
+                })?;
+            let handle = Group::new(group, replica, (raft.clone(), pulse, appended, repairs), log, readable, blank);
+            let running = Replica::Running(handle.clone());
+            self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, running);
+            if let Some(reason) = place.given_up() {
+                // Just when openraft had what it needed to start.
+                self.inner.give_up(group, reason.clone()).await;
+                return Err(OpenError::Quarantined { group, replica, reason });
             }
-            Err(error) => return Err(io(io::Error::other(error))),
-        };
-        let installed = InstalledSlot::default();
-        let (readable_tx, readable) = watch::channel(Readable::default());
-        let blank = machine.fresh();
-        let machine = match Machine::open(machine, log.clone(), installed.clone(), readable_tx) {
-            Ok(machine) => machine,
-            // Its state is lost and cannot be made again from what is retained.
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                return Err(self.quarantine(group, replica, error.to_string()));
-            }
-            Err(error) => return Err(io(error)),
-        };
-        let pulse = Arc::new(Pulse::new(&self.inner, spec.first));
-        let commit_patience = if spec.followers_act { Duration::ZERO } else { COMMIT_PATIENCE };
-        let network = Network { host: self.inner.clone(), group: group.0, pulse: pulse.clone(), commit_patience };
-        let repairs = self.inner.repairs.clone();
-        // Before openraft reads the log: it may need what is damaged.
-        let mut voters = repair::voter_nodes(machine.members());
-        if voters.is_empty() {
-            voters.push(spec.initial.iter().map(|(_, node)| *node).collect());
-        }
-        let place = repairs.add(log.clone(), voters);
-        let store = LogStore::new(log.clone(), installed, spec.initial.len() == 1, repairs.clone());
-        let appended = store.appended();
-        let raft = Raft::new(replica.0, raft_config(&self.inner.cluster), network, store, machine)
-            .await
-            .inspect_err(|_| repairs.remove(group))
-            .map_err(|fatal| match place.given_up() {
-                Some(reason) => self.quarantine(group, replica, reason),
-                None => io(io::Error::other(fatal)),
-            })?;
-        let handle = Group::new(group, replica, (raft.clone(), pulse, appended, repairs), log, readable, blank);
-        let running = Replica::Running(handle.clone());
-        self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).insert(group, running);
-        if let Some(reason) = place.given_up() {
-            // Just when openraft had what it needed to start.
-            self.inner.give_up(group, reason.clone()).await;
-            return Err(OpenError::Quarantined { group, replica, reason });
-        }
-        self.initialise(&spec, raft).await;
-        Ok(handle)
+            self.initialise(&spec, raft).await;
+            Ok(handle)
+        })
     }
 
     /// Remembers that the replica may not run, for its peers and the operator.
@@ -448,21 +450,25 @@ impl Host {
     }
 
     /// Stops a replica; its log stays.
-    pub async fn close(&self, group: GroupId) {
-        let removed = self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).remove(&group);
-        self.inner.repairs.remove(group);
-        if let Some(Replica::Running(running)) = removed {
-            stop(&running).await;
-        }
+    pub fn close(&self, group: GroupId) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let removed = self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).remove(&group);
+            self.inner.repairs.remove(group);
+            if let Some(Replica::Running(running)) = removed {
+                stop(&running).await;
+            }
+        })
     }
 
     /// Stops a replica and removes its log.
     ///
     /// # Errors
     /// The disk refuses.
-    pub async fn delete(&self, group: GroupId, replica: ReplicaId) -> io::Result<()> {
-        self.close(group).await;
-        self.inner.store.delete_log(group, replica)
+    pub fn delete(&self, group: GroupId, replica: ReplicaId) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            self.close(group).await;
+            self.inner.store.delete_log(group, replica)
+        })
     }
 
     /// Replicas that may not run, with the reason: [`Self::delete`] removes what is left of one.
@@ -490,19 +496,26 @@ impl Host {
     ///
     /// # Errors
     /// No answer, or the handler's error.
-    pub async fn forward(&self, node: NodeId, kind: &str, body: Bytes) -> Result<Bytes, ForwardError> {
-        if node == self.inner.node {
-            return self.inner.handle_forward(node, kind.to_owned(), body).await.map_err(ForwardError::Refused);
-        }
-        let message = wire::peer_frame::Body::Forward(wire::ForwardedRequest { kind: kind.to_owned() });
-        let frame = wire::PeerFrame { body: Some(message), ..Default::default() };
-        let peer = self.inner.peer(node);
-        let unreachable = |failure: Failure| ForwardError::Unreachable { node, reason: failure.to_string() };
-        match peer.control.call(frame, Body::Bytes(body), FORWARD_PATIENCE).await.map_err(unreachable)? {
-            (wire::peer_frame::Body::ForwardReply(reply), body) if reply.ok => Ok(body),
-            (wire::peer_frame::Body::ForwardReply(reply), _) => Err(ForwardError::Refused(reply.error)),
-            _ => Err(unreachable(Failure::Protocol("something other than a forwarded reply"))),
-        }
+    pub fn forward<'a>(
+        &'a self,
+        node: NodeId,
+        kind: &'a str,
+        body: Bytes,
+    ) -> BoxFuture<'a, Result<Bytes, ForwardError>> {
+        Box::pin(async move {
+            if node == self.inner.node {
+                return self.inner.handle_forward(node, kind.to_owned(), body).await.map_err(ForwardError::Refused);
+            }
+            let message = wire::peer_frame::Body::Forward(wire::ForwardedRequest { kind: kind.to_owned() });
+            let frame = wire::PeerFrame { body: Some(message), ..Default::default() };
+            let peer = self.inner.peer(node);
+            let unreachable = |failure: Failure| ForwardError::Unreachable { node, reason: failure.to_string() };
+            match peer.control.call(frame, Body::Bytes(body), FORWARD_PATIENCE).await.map_err(unreachable)? {
+                (wire::peer_frame::Body::ForwardReply(reply), body) if reply.ok => Ok(body),
+                (wire::peer_frame::Body::ForwardReply(reply), _) => Err(ForwardError::Refused(reply.error)),
+                _ => Err(unreachable(Failure::Protocol("something other than a forwarded reply"))),
+            }
+        })
     }
 
     /// Sets who answers forwarded requests.
@@ -512,18 +525,20 @@ impl Host {
 
     /// Hands leadership over where another voter can take it, stops all groups and the
     /// transport, and closes the store.
-    pub async fn shutdown(&self) {
-        let groups = self.inner.groups();
-        join_all(groups.iter().map(|group| hand_over(self, group))).await;
-        stream::iter(&groups).for_each_concurrent(STOP_COUNT_MAX, save_state).await;
-        self.inner.stopping.send_replace(true);
-        self.inner.repairs.clear();
-        self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).clear();
-        join_all(groups.iter().map(stop)).await;
-        self.inner.peers.write().unwrap_or_else(PoisonError::into_inner).clear();
-        *self.inner.forward.write().unwrap_or_else(PoisonError::into_inner) = None;
-        drop(groups);
-        self.inner.store.clone().close().await;
+    pub fn shutdown(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let groups = self.inner.groups();
+            join_all(groups.iter().map(|group| hand_over(self, group))).await;
+            stream::iter(&groups).for_each_concurrent(STOP_COUNT_MAX, save_state).await;
+            self.inner.stopping.send_replace(true);
+            self.inner.repairs.clear();
+            self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).clear();
+            join_all(groups.iter().map(stop)).await;
+            self.inner.peers.write().unwrap_or_else(PoisonError::into_inner).clear();
+            *self.inner.forward.write().unwrap_or_else(PoisonError::into_inner) = None;
+            drop(groups);
+            self.inner.store.clone().close().await;
+        })
     }
 }
 

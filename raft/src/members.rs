@@ -19,6 +19,7 @@ use std::{
 };
 
 use arqon_proto::{NodeId, ReplicaId};
+use futures_util::future::BoxFuture;
 use openraft::{
     ChangeMembers, ServerState,
     errors::{ClientWriteError, RaftError},
@@ -126,44 +127,46 @@ impl Group {
     ///
     /// # Errors
     /// `NotLeader`; `UnknownOutcome` when the step was not committed in time: look again.
-    pub async fn step_members(&self, wanted: &WantedMembers) -> Result<MembersStep, ProposeError> {
-        let not_leader = || ProposeError::NotLeader { leader: self.leader() };
-        if !self.is_ready() || wanted.replicas.is_empty() {
-            return Err(not_leader());
-        }
-        let Some(members) = Members::of(self) else { return Err(not_leader()) };
-        let wanted_ids: BTreeSet<u64> = wanted.replicas.keys().map(|replica| replica.0).collect();
-        let mut others = wanted.replicas.iter();
-        if let Some((replica, node)) = others.find(|(replica, _)| !members.nodes.contains_key(&replica.0)) {
-            let at = BTreeMap::from([(replica.0, ReplicaAt { node: node.0 })]);
-            return self.change(ChangeMembers::AddNodes(at)).await;
-        }
-        let lag = |id: &u64| members.lags.get(id).copied().flatten().unwrap_or(u64::MAX);
-        let is_eligible = |id: &u64| wanted.eligible.contains(&ReplicaId(*id));
-        let waits = |id: &&u64| lag(id) > CAUGHT_UP_LAG_MAX || !is_eligible(id);
-        let behind = wanted_ids.difference(&members.voters).filter(waits).map(lag).max();
-        let mut voters = wanted_ids.clone();
-        if wanted.one_by_one {
-            voters.retain(|id| members.voters.contains(id) || !waits(&id));
-        }
-        if members.voters != voters || members.is_joint {
-            if let Some(behind) = behind.filter(|_| !wanted.one_by_one || voters.is_empty()) {
-                return Ok(MembersStep::CatchingUp { behind });
+    pub fn step_members<'a>(&'a self, wanted: &'a WantedMembers) -> BoxFuture<'a, Result<MembersStep, ProposeError>> {
+        Box::pin(async move {
+            let not_leader = || ProposeError::NotLeader { leader: self.leader() };
+            if !self.is_ready() || wanted.replicas.is_empty() {
+                return Err(not_leader());
             }
-            if !voters.contains(&self.replica().0) {
-                return self.leave(&members, voters, &wanted.reachable).await;
+            let Some(members) = Members::of(self) else { return Err(not_leader()) };
+            let wanted_ids: BTreeSet<u64> = wanted.replicas.keys().map(|replica| replica.0).collect();
+            let mut others = wanted.replicas.iter();
+            if let Some((replica, node)) = others.find(|(replica, _)| !members.nodes.contains_key(&replica.0)) {
+                let at = BTreeMap::from([(replica.0, ReplicaAt { node: node.0 })]);
+                return self.change(ChangeMembers::AddNodes(at)).await;
             }
-            return self.change(ChangeMembers::ReplaceAllVoters(voters)).await;
-        }
-        let surplus: BTreeSet<u64> = members.nodes.keys().copied().filter(|id| !wanted_ids.contains(id)).collect();
-        if !surplus.is_empty() {
-            return self.change(ChangeMembers::RemoveNodes(surplus)).await;
-        }
-        match behind {
-            Some(behind) => Ok(MembersStep::CatchingUp { behind }),
-            None if members.is_committed => Ok(MembersStep::Done),
-            None => Ok(MembersStep::Changed),
-        }
+            let lag = |id: &u64| members.lags.get(id).copied().flatten().unwrap_or(u64::MAX);
+            let is_eligible = |id: &u64| wanted.eligible.contains(&ReplicaId(*id));
+            let waits = |id: &&u64| lag(id) > CAUGHT_UP_LAG_MAX || !is_eligible(id);
+            let behind = wanted_ids.difference(&members.voters).filter(waits).map(lag).max();
+            let mut voters = wanted_ids.clone();
+            if wanted.one_by_one {
+                voters.retain(|id| members.voters.contains(id) || !waits(&id));
+            }
+            if members.voters != voters || members.is_joint {
+                if let Some(behind) = behind.filter(|_| !wanted.one_by_one || voters.is_empty()) {
+                    return Ok(MembersStep::CatchingUp { behind });
+                }
+                if !voters.contains(&self.replica().0) {
+                    return self.leave(&members, voters, &wanted.reachable).await;
+                }
+                return self.change(ChangeMembers::ReplaceAllVoters(voters)).await;
+            }
+            let surplus: BTreeSet<u64> = members.nodes.keys().copied().filter(|id| !wanted_ids.contains(id)).collect();
+            if !surplus.is_empty() {
+                return self.change(ChangeMembers::RemoveNodes(surplus)).await;
+            }
+            match behind {
+                Some(behind) => Ok(MembersStep::CatchingUp { behind }),
+                None if members.is_committed => Ok(MembersStep::Done),
+                None => Ok(MembersStep::Changed),
+            }
+        })
     }
 
     /// This replica leads and is not to stay.

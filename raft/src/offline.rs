@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, io};
 
 use arqon_proto::{Batch, GroupId, NodeId, Offset, RaftIndex, ReplicaId, Term, limits, wire};
 use arqon_storage::{Log, OpenError, Store};
+use futures_util::future::BoxFuture;
 use openraft::EntryPayload;
 use prost::Message;
 use tokio::sync::{oneshot, watch};
@@ -100,26 +101,28 @@ impl OfflineReplica {
     ///
     /// # Errors
     /// The disk failed.
-    pub async fn become_only_member(&self, node: NodeId, entries: Vec<Batch>) -> io::Result<()> {
-        let vote = self.log.vote().and_then(|bytes| from_wire_vote(&wire::Vote::decode(bytes).ok()?));
-        let last = self.log.last();
-        let known = vote.map_or(0, |vote| vote.leader_id.term).max(last.map_or(0, |last| last.term.0));
-        let term = known + 1;
-        let id = self.replica.0;
-        self.log.save_vote(wire_vote(&Vote::new_committed(term, id)).encode_to_vec().into()).await?;
-        let index = last.map_or(0, |last| last.index.0 + 1);
-        let nodes = BTreeMap::from([(id, ReplicaAt { node: node.0 })]);
-        let members = Membership::new(vec![[id].into()], nodes).map_err(io::Error::other)?;
-        let log_id = LogId::new(CommittedLeaderId::new(term), index);
-        let mut batches = vec![into_batch(Entry { log_id, payload: EntryPayload::Membership(members) })];
-        for (at, mut batch) in (index + 1..).zip(entries) {
-            (batch.header.term, batch.header.index) = (Term(term), RaftIndex(at));
-            batches.push(batch);
-        }
-        let (done, flushed) = oneshot::channel();
-        // Whoever waits is below.
-        let on_flushed = Box::new(move |result| drop(done.send(result)));
-        self.log.append(batches, on_flushed).map_err(io::Error::other)?;
-        flushed.await.unwrap_or_else(|_| Err(io::Error::other("the log was closed")))
+    pub fn become_only_member(&self, node: NodeId, entries: Vec<Batch>) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let vote = self.log.vote().and_then(|bytes| from_wire_vote(&wire::Vote::decode(bytes).ok()?));
+            let last = self.log.last();
+            let known = vote.map_or(0, |vote| vote.leader_id.term).max(last.map_or(0, |last| last.term.0));
+            let term = known + 1;
+            let id = self.replica.0;
+            self.log.save_vote(wire_vote(&Vote::new_committed(term, id)).encode_to_vec().into()).await?;
+            let index = last.map_or(0, |last| last.index.0 + 1);
+            let nodes = BTreeMap::from([(id, ReplicaAt { node: node.0 })]);
+            let members = Membership::new(vec![[id].into()], nodes).map_err(io::Error::other)?;
+            let log_id = LogId::new(CommittedLeaderId::new(term), index);
+            let mut batches = vec![into_batch(Entry { log_id, payload: EntryPayload::Membership(members) })];
+            for (at, mut batch) in (index + 1..).zip(entries) {
+                (batch.header.term, batch.header.index) = (Term(term), RaftIndex(at));
+                batches.push(batch);
+            }
+            let (done, flushed) = oneshot::channel();
+            // Whoever waits is below.
+            let on_flushed = Box::new(move |result| drop(done.send(result)));
+            self.log.append(batches, on_flushed).map_err(io::Error::other)?;
+            flushed.await.unwrap_or_else(|_| Err(io::Error::other("the log was closed")))
+        })
     }
 }

@@ -22,6 +22,7 @@ use std::{
 
 use arqon_proto::{decode_frame, encode_frame, wire};
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use tokio::{
     sync::{Notify, oneshot},
     task::AbortHandle,
@@ -144,32 +145,38 @@ pub(crate) enum StartError {
 
 impl Connection {
     /// Dials `address`, shakes hands and starts the connection's tasks.
-    pub(crate) async fn open(address: &Address, options: &Options, tls: Option<&TlsConnector>) -> Result<Self, Error> {
-        let (reader, writer, welcome) = dial(address, options, tls).await?;
-        let outbox = Outbox {
-            queue: VecDeque::new(),
-            carrier: Some(Writing { writer, size: 0 }),
-            waker: None,
-            stalled: None,
-            task_came: false,
-            over: None,
-            closed: false,
-        };
-        let shared = Arc::new(Shared {
-            address: address.clone(),
-            pending: Mutex::default(),
-            outbox: Mutex::new(outbox),
-            outgoing_size: AtomicUsize::new(0),
-            room: Notify::new(),
-            opened: Instant::now(),
-            last_received_ms: AtomicU64::new(0),
-        });
-        let tasks = [
-            tokio::spawn(read(shared.clone(), reader)).abort_handle(),
-            tokio::spawn(write(shared.clone(), options.keepalive)).abort_handle(),
-        ];
-        tracing::debug!(server = %address, "connected");
-        Ok(Self { address: address.clone(), welcome, shared, tasks })
+    pub(crate) fn open<'a>(
+        address: &'a Address,
+        options: &'a Options,
+        tls: Option<&'a TlsConnector>,
+    ) -> BoxFuture<'a, Result<Self, Error>> {
+        Box::pin(async move {
+            let (reader, writer, welcome) = dial(address, options, tls).await?;
+            let outbox = Outbox {
+                queue: VecDeque::new(),
+                carrier: Some(Writing { writer, size: 0 }),
+                waker: None,
+                stalled: None,
+                task_came: false,
+                over: None,
+                closed: false,
+            };
+            let shared = Arc::new(Shared {
+                address: address.clone(),
+                pending: Mutex::default(),
+                outbox: Mutex::new(outbox),
+                outgoing_size: AtomicUsize::new(0),
+                room: Notify::new(),
+                opened: Instant::now(),
+                last_received_ms: AtomicU64::new(0),
+            });
+            let tasks = [
+                tokio::spawn(read(shared.clone(), reader)).abort_handle(),
+                tokio::spawn(write(shared.clone(), options.keepalive)).abort_handle(),
+            ];
+            tracing::debug!(server = %address, "connected");
+            Ok(Self { address: address.clone(), welcome, shared, tasks })
+        })
     }
 
     pub(crate) fn address(&self) -> &Address {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use arqon_proto::Verifier;
+use futures_util::future::BoxFuture;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
@@ -75,29 +76,31 @@ impl Shield {
     ///
     /// # Errors
     /// A wrong configuration, a key or certificate file that cannot be used, an address in use.
-    pub async fn start(config: Config) -> Result<Self, StartError> {
-        config.check()?;
-        let (listen, admin) = config.addresses()?;
-        let verifier = config.verifier()?;
-        let tls = config.tls.load()?;
-        let is_secure = tls.acceptor.is_some();
-        let bind = async |key, address| {
-            TcpListener::bind(address).await.map_err(|source| StartError::Listen { key, address, source })
-        };
-        let (clients, admins) = (bind("listen", listen).await?, bind("admin", admin).await?);
-        let local = |key, address, listener: &TcpListener| {
-            listener.local_addr().map_err(|source| StartError::Listen { key, address, source })
-        };
-        let (address, admin_address) = (local("listen", listen, &clients)?, local("admin", admin, &admins)?);
-        let rates = Rates::new(&config.limits);
-        let shared = Arc::new(Shared { metrics: Metrics::new(), rates, tls, verifier, config });
-        let (stop, stopping) = watch::channel(false);
-        let tasks = vec![
-            tokio::spawn(accept(shared.clone(), clients, stopping.clone())),
-            tokio::spawn(admin::serve(shared, admins, stopping)),
-        ];
-        tracing::info!(%address, admin = %admin_address, "Shield listens");
-        Ok(Self { address, admin_address, is_secure, stop, tasks })
+    pub fn start(config: Config) -> BoxFuture<'static, Result<Self, StartError>> {
+        Box::pin(async move {
+            config.check()?;
+            let (listen, admin) = config.addresses()?;
+            let verifier = config.verifier()?;
+            let tls = config.tls.load()?;
+            let is_secure = tls.acceptor.is_some();
+            let bind = async |key, address| {
+                TcpListener::bind(address).await.map_err(|source| StartError::Listen { key, address, source })
+            };
+            let (clients, admins) = (bind("listen", listen).await?, bind("admin", admin).await?);
+            let local = |key, address, listener: &TcpListener| {
+                listener.local_addr().map_err(|source| StartError::Listen { key, address, source })
+            };
+            let (address, admin_address) = (local("listen", listen, &clients)?, local("admin", admin, &admins)?);
+            let rates = Rates::new(&config.limits);
+            let shared = Arc::new(Shared { metrics: Metrics::new(), rates, tls, verifier, config });
+            let (stop, stopping) = watch::channel(false);
+            let tasks = vec![
+                tokio::spawn(accept(shared.clone(), clients, stopping.clone())),
+                tokio::spawn(admin::serve(shared, admins, stopping)),
+            ];
+            tracing::info!(%address, admin = %admin_address, "Shield listens");
+            Ok(Self { address, admin_address, is_secure, stop, tasks })
+        })
     }
 
     /// Where clients connect: `ws://ADDRESS/v1/ws`, or `wss://` if [`Shield::is_secure`].
@@ -120,13 +123,15 @@ impl Shield {
 
     /// Takes no more clients, closes every session with code 1001 and returns when they are gone,
     /// after 5 s at most.
-    pub async fn shutdown(mut self) {
-        self.stop.send_replace(true);
-        for task in &mut self.tasks {
-            if timeout(DRAIN_TIME, &mut *task).await.is_err() {
-                task.abort();
+    pub fn shutdown(mut self) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            self.stop.send_replace(true);
+            for task in &mut self.tasks {
+                if timeout(DRAIN_TIME, &mut *task).await.is_err() {
+                    task.abort();
+                }
             }
-        }
+        })
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
 use arqon_proto::{OPERATOR_TOPIC, SYSTEM_TENANT, Verifier, wire};
 use arqon_raft::{Host, HostOptions};
 use arqon_storage::{Identity, Store};
+use futures_util::future::BoxFuture;
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -226,74 +227,76 @@ impl Node {
         Self::start_with(config, keys, listeners, clock, store).await
     }
 
-    async fn start_with(
+    fn start_with(
         config: Config,
         Keys { secret, verifier, tls }: Keys,
         listeners: Listeners,
         clock: Clock,
         store: Store,
-    ) -> Result<Self, StartError> {
-        let (client_tls, peer_tls, control_server) = match tls {
-            Some(tls) => (Some(tls.client), Some(tls.peer), tls.control),
-            None => (None, None, Server::builder()),
-        };
-        let listen = config.listen_addresses()?;
-        let refused = |source| StartError::Listen { key: "client", address: listen.client, source };
-        let addresses = listeners.addresses().map_err(refused)?;
-        let [client, peer, control_port, admin_port] =
-            [listeners.client, listeners.peer, listeners.control, listeners.admin]
-                .map(tokio::net::TcpListener::from_std);
-        let (client, peer, control_port, admin_port) = (
-            client.map_err(refused)?,
-            peer.map_err(refused)?,
-            control_port.map_err(refused)?,
-            admin_port.map_err(refused)?,
-        );
+    ) -> BoxFuture<'static, Result<Self, StartError>> {
+        Box::pin(async move {
+            let (client_tls, peer_tls, control_server) = match tls {
+                Some(tls) => (Some(tls.client), Some(tls.peer), tls.control),
+                None => (None, None, Server::builder()),
+            };
+            let listen = config.listen_addresses()?;
+            let refused = |source| StartError::Listen { key: "client", address: listen.client, source };
+            let addresses = listeners.addresses().map_err(refused)?;
+            let [client, peer, control_port, admin_port] =
+                [listeners.client, listeners.peer, listeners.control, listeners.admin]
+                    .map(tokio::net::TcpListener::from_std);
+            let (client, peer, control_port, admin_port) = (
+                client.map_err(refused)?,
+                peer.map_err(refused)?,
+                control_port.map_err(refused)?,
+                admin_port.map_err(refused)?,
+            );
 
-        let ahead = Ahead::start(store.has_threads()).map_err(StartError::Thread)?;
-        let node = config.node_id();
-        tracing::info!(node = node.0, cluster = config.cluster, backend = store.backend_name(), "node starts");
+            let ahead = Ahead::start(store.has_threads()).map_err(StartError::Thread)?;
+            let node = config.node_id();
+            tracing::info!(node = node.0, cluster = config.cluster, backend = store.backend_name(), "node starts");
 
-        let nodes = config.nodes(&addresses);
-        let cluster = config.cluster.clone();
-        let options = HostOptions { node, cluster, secret, tls: peer_tls, peer_listener: peer };
-        let host = Host::start(options, store.clone());
-        host.set_peers(nodes.iter().map(|info| (info.node.into(), info.peer_address.clone())));
-        let metadata = match open_metadata(&host, &store, node, &nodes, config.bootstrap).await {
-            Ok(metadata) => metadata,
-            Err(error) => {
-                host.shutdown().await;
-                return Err(error);
-            }
-        };
-        let metrics = Arc::new(Metrics::default());
-        let replicas = Arc::new(Replicas::new(node, host.clone(), store.clone(), metrics.partitions.clone()));
-        let broker = Arc::new(Broker {
-            node,
-            cluster: config.cluster,
-            program: config.program,
-            configured: nodes,
-            host,
-            store: store.clone(),
-            metadata,
-            replicas,
-            operators: Operators::default(),
-            verifier,
-            health: Arc::new(Health::new(node, clock, store.clone())),
-            metrics,
-            stopping: watch::Sender::new(false),
-            leaders: Mutex::new(HashMap::new()),
-            moves: Mutex::default(),
-            slow: AtomicBool::default(),
-        });
-        answer_forwards(&broker);
-        let tasks = start_tasks(&broker, ahead);
-        let edges = vec![
-            tokio::spawn(session::serve(broker.clone(), client, client_tls)),
-            tokio::spawn(control::serve(broker.clone(), control_port, control_server)),
-            tokio::spawn(admin::serve(broker.clone(), admin_port)),
-        ];
-        Ok(Self { broker, addresses, edges, tasks })
+            let nodes = config.nodes(&addresses);
+            let cluster = config.cluster.clone();
+            let options = HostOptions { node, cluster, secret, tls: peer_tls, peer_listener: peer };
+            let host = Host::start(options, store.clone());
+            host.set_peers(nodes.iter().map(|info| (info.node.into(), info.peer_address.clone())));
+            let metadata = match open_metadata(&host, &store, node, &nodes, config.bootstrap).await {
+                Ok(metadata) => metadata,
+                Err(error) => {
+                    host.shutdown().await;
+                    return Err(error);
+                }
+            };
+            let metrics = Arc::new(Metrics::default());
+            let replicas = Arc::new(Replicas::new(node, host.clone(), store.clone(), metrics.partitions.clone()));
+            let broker = Arc::new(Broker {
+                node,
+                cluster: config.cluster,
+                program: config.program,
+                configured: nodes,
+                host,
+                store: store.clone(),
+                metadata,
+                replicas,
+                operators: Operators::default(),
+                verifier,
+                health: Arc::new(Health::new(node, clock, store.clone())),
+                metrics,
+                stopping: watch::Sender::new(false),
+                leaders: Mutex::new(HashMap::new()),
+                moves: Mutex::default(),
+                slow: AtomicBool::default(),
+            });
+            answer_forwards(&broker);
+            let tasks = start_tasks(&broker, ahead);
+            let edges = vec![
+                tokio::spawn(session::serve(broker.clone(), client, client_tls)),
+                tokio::spawn(control::serve(broker.clone(), control_port, control_server)),
+                tokio::spawn(admin::serve(broker.clone(), admin_port)),
+            ];
+            Ok(Self { broker, addresses, edges, tasks })
+        })
     }
 
     /// Where the node listens, with the real ports.
@@ -322,21 +325,23 @@ impl Node {
 
     /// Stops accepting, lets sessions drain, hands leadership over, flushes and closes the
     /// data directory.
-    pub async fn shutdown(self) {
-        let Self { broker, edges, tasks, .. } = self;
-        broker.stopping.send_replace(true);
-        join(edges, "clients").await;
-        for task in &tasks {
-            task.abort();
-        }
-        join(tasks, "tasks").await;
-        if timeout(SHUTDOWN_PATIENCE, broker.replicas.shutdown()).await.is_err() {
-            tracing::warn!("partitions did not stop in time");
-        }
-        if timeout(SHUTDOWN_PATIENCE, broker.host.shutdown()).await.is_err() {
-            tracing::warn!("groups did not stop in time");
-        }
-        tracing::info!(node = broker.node.0, "node stopped");
+    pub fn shutdown(self) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let Self { broker, edges, tasks, .. } = self;
+            broker.stopping.send_replace(true);
+            join(edges, "clients").await;
+            for task in &tasks {
+                task.abort();
+            }
+            join(tasks, "tasks").await;
+            if timeout(SHUTDOWN_PATIENCE, broker.replicas.shutdown()).await.is_err() {
+                tracing::warn!("partitions did not stop in time");
+            }
+            if timeout(SHUTDOWN_PATIENCE, broker.host.shutdown()).await.is_err() {
+                tracing::warn!("groups did not stop in time");
+            }
+            tracing::info!(node = broker.node.0, "node stopped");
+        })
     }
 }
 

@@ -16,6 +16,7 @@ use std::{collections::BTreeSet, io, path::PathBuf};
 use arqon_proto::{Batch, BatchKind, GroupId, NodeId, Offset, ReplicaId, wire};
 use arqon_raft::OfflineReplica;
 use arqon_storage::{Identity, OpenError, Options, Store};
+use futures_util::future::BoxFuture;
 use prost::Message;
 use wire::metadata_command::Command;
 
@@ -222,36 +223,38 @@ impl UnsafeRecovery {
     ///
     /// # Errors
     /// The disk failed; it may be run again.
-    pub async fn carry_out(self) -> Result<(), RecoverError> {
-        let path = self.path.clone();
-        let failed = |source| RecoverError::Io { path: path.clone(), source };
-        for (_, replica) in &self.here {
-            replica.become_only_member(self.node, Vec::new()).await.map_err(failed)?;
-        }
-        if self.is_keeper() {
-            let group = |lost: &LostPartition| wire::UnsafeGroup {
-                group: lost.group.0,
-                kept_offset: lost.kept.map_or(0, |kept| kept.end.0),
-                empty: lost.is_empty,
-                node: lost.keeper.0,
-                replica: lost.replica.map_or(0, |replica| replica.0),
-            };
-            let command = wire::UnsafeRecoveryCommand {
-                lost: self.lost.iter().copied().collect(),
-                time_ms: clock::now_ms(),
-                groups: self.partitions.iter().map(group).collect(),
-            };
-            let command = wire::MetadataCommand { command: Some(Command::UnsafeRecovery(command)) };
-            let mut batch = Batch::internal(BatchKind::Control, command.encode_to_vec().into());
-            batch.header.time_ms = clock::now_ms();
-            self.metadata.become_only_member(self.node, vec![batch]).await.map_err(failed)?;
-        } else {
-            let replica = self.metadata.replica();
-            drop(self.metadata);
-            self.store.delete_log(GroupId::METADATA, replica).map_err(failed)?;
-        }
-        drop(self.here);
-        self.store.close().await;
-        Ok(())
+    pub fn carry_out(self) -> BoxFuture<'static, Result<(), RecoverError>> {
+        Box::pin(async move {
+            let path = self.path.clone();
+            let failed = |source| RecoverError::Io { path: path.clone(), source };
+            for (_, replica) in &self.here {
+                replica.become_only_member(self.node, Vec::new()).await.map_err(failed)?;
+            }
+            if self.is_keeper() {
+                let group = |lost: &LostPartition| wire::UnsafeGroup {
+                    group: lost.group.0,
+                    kept_offset: lost.kept.map_or(0, |kept| kept.end.0),
+                    empty: lost.is_empty,
+                    node: lost.keeper.0,
+                    replica: lost.replica.map_or(0, |replica| replica.0),
+                };
+                let command = wire::UnsafeRecoveryCommand {
+                    lost: self.lost.iter().copied().collect(),
+                    time_ms: clock::now_ms(),
+                    groups: self.partitions.iter().map(group).collect(),
+                };
+                let command = wire::MetadataCommand { command: Some(Command::UnsafeRecovery(command)) };
+                let mut batch = Batch::internal(BatchKind::Control, command.encode_to_vec().into());
+                batch.header.time_ms = clock::now_ms();
+                self.metadata.become_only_member(self.node, vec![batch]).await.map_err(failed)?;
+            } else {
+                let replica = self.metadata.replica();
+                drop(self.metadata);
+                self.store.delete_log(GroupId::METADATA, replica).map_err(failed)?;
+            }
+            drop(self.here);
+            self.store.close().await;
+            Ok(())
+        })
     }
 }
