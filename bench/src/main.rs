@@ -7,6 +7,7 @@
 //!         ├─ cpu        what the nodes used, from /proc
 //!         └─ report     medians of the rounds, as a table or JSON
 //!   nats                 the same work on NATS JetStream
+//!   builds               the same work on two programs of this bus
 //!   rounds               what durable writes to many files cost, each way to ask the disk
 //!   scale                partitions, restarts, old readers, greedy clients
 //! ```
@@ -45,6 +46,8 @@ enum Command {
     Scale(scale::ScaleArgs),
     /// The same work on this bus and on NATS JetStream, in turn
     Nats(nats::NatsArgs),
+    /// The same work on two programs of this bus, in turn: what a change costs
+    Builds(nats::BuildsArgs),
 }
 
 impl Command {
@@ -56,6 +59,7 @@ impl Command {
                 own::run(args).await.map(|report| if as_json { report.json() } else { report.table() })
             }
             Self::Nats(args) => nats::run(args).await,
+            Self::Builds(args) => nats::builds(args).await,
             Self::Rounds(args) => {
                 let as_json = args.json;
                 rounds::run(args).await.map(|rounds| if as_json { rounds.json() } else { rounds.table() })

@@ -1,12 +1,14 @@
-//! `arqon-bench nats`: the same work on this bus and on NATS JetStream, in turn.
+//! `arqon-bench nats`: the same work on this bus and on NATS JetStream, in turn. `arqon-bench builds`: on two programs of this bus.
 //!
 //! ```text
 //!   cases ── settings and targets                 measure ── CPU, memory and disk of one half-round
-//!   run ─┬─ ours ──── nodes, Shield, SDK             report ── medians, ratios, table, JSON
-//!        └─ server ── nats-server                    page ─── markdown and SVG
-//!             └─ publish, read ── client ── wire
+//!   run, builds                                   report ── medians, ratios, table, JSON
+//!     └─ stage ─┬─ ours ──── nodes, Shield, SDK      page ─── markdown and SVG
+//!               └─ server ── nats-server
+//!                    └─ publish, read ── client ── wire
 //! ```
 
+mod builds;
 mod cases;
 mod chart;
 mod client;
@@ -18,11 +20,13 @@ mod read;
 mod report;
 mod run;
 mod server;
+mod stage;
 mod wire;
 
 use std::{path::PathBuf, time::Duration};
 
 use arqon_jepsen::parse_time;
+pub use builds::{BuildsArgs, builds};
 pub use report::Report;
 pub use run::run;
 
@@ -86,7 +90,7 @@ fn parse_linger(text: &str) -> Result<Duration, String> {
 
 /// What the arguments come to.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+pub struct Plan {
     rounds: u32,
     /// Length of one round of one side.
     round_time: Duration,
@@ -100,21 +104,30 @@ struct Plan {
 
 impl NatsArgs {
     fn plan(&self) -> Plan {
-        if self.quick {
-            return Plan {
-                rounds: 2,
-                round_time: Duration::from_secs(2),
-                try_time: Duration::from_millis(500),
-                size_max: 1 << 30,
-                prepared_size: 256 << 20,
-            };
-        }
-        Plan {
-            rounds: self.rounds,
-            round_time: self.time / self.rounds,
+        if self.quick { Plan::quick() } else { Plan::new(self.time, self.rounds) }
+    }
+}
+
+impl Plan {
+    /// `time` of each side in `rounds` rounds.
+    fn new(time: Duration, rounds: u32) -> Self {
+        Self {
+            rounds,
+            round_time: time / rounds,
             try_time: Duration::from_secs(2),
             size_max: 4 << 30,
             prepared_size: 1 << 30,
+        }
+    }
+
+    /// A short look.
+    fn quick() -> Self {
+        Self {
+            rounds: 2,
+            round_time: Duration::from_secs(2),
+            try_time: Duration::from_millis(500),
+            size_max: 1 << 30,
+            prepared_size: 256 << 20,
         }
     }
 }

@@ -28,6 +28,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(20);
 
 /// Nodes, with a client connected.
 pub struct Ours {
+    name: &'static str,
     cluster: Cluster,
     arqon: PathBuf,
     data: PathBuf,
@@ -45,11 +46,17 @@ fn text(error: impl std::fmt::Display) -> String {
 }
 
 impl Ours {
-    /// Starts `nodes` nodes with their data below `dir`, and a Shield when one is needed.
+    /// Starts `nodes` nodes with their data below `dir`, and a Shield when one is needed; tables call them `name`.
     ///
     /// # Errors
     /// What does not start.
-    pub async fn start(arqon: PathBuf, dir: &Path, nodes: usize, with_shield: bool) -> Result<Self, String> {
+    pub async fn start(
+        name: &'static str,
+        arqon: PathBuf,
+        dir: &Path,
+        nodes: usize,
+        with_shield: bool,
+    ) -> Result<Self, String> {
         let cluster = Cluster::start(arqon.clone(), dir, nodes as u32).await.map_err(text)?;
         let data = newest_cluster(dir)?;
         let client = connect(cluster.server(), cluster.token()).await?;
@@ -57,7 +64,12 @@ impl Ours {
             true => Some(Shield::start(&arqon, &data, &cluster).await?),
             false => None,
         };
-        Ok(Self { cluster, arqon, data, client, shield })
+        Ok(Self { name, cluster, arqon, data, client, shield })
+    }
+
+    /// What tables call it.
+    pub fn name(&self) -> &'static str {
+        self.name
     }
 
     /// Process ids of the nodes and the Shield.

@@ -83,6 +83,14 @@ pub struct Verdict {
     pub met: bool,
 }
 
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { what, ratio, target, met } = self;
+        let word = if *met { "met" } else { "NOT MET" };
+        write!(out, "    {what}: {ratio:.2}x, {target}: {word}")
+    }
+}
+
 /// One case against one way of NATS.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
@@ -233,38 +241,38 @@ impl Report {
 
     /// For people.
     pub fn table(&self) -> String {
-        let mut lines = vec![format!(
-            "{:<27} {:<12} {:>9} {:>7} {:>8} {:>8} {:>7} {:>7} {:>6}  {}",
-            "case", "side", "msg/s", "MB/s", "p50 us", "p99 us", "CPU s/M", "client", "MB", "setting; spread"
-        )];
+        let mut lines = vec![figures_head()];
         for row in &self.cases {
             if let Some(arqon) = &row.arqon {
-                lines.push(line(&row.name, "arqon", arqon));
+                lines.push(figures_line(&row.name, "arqon", arqon));
             }
-            lines.push(line(&row.name, &format!("nats {}", row.nats_sync), &row.nats));
-            for verdict in &row.targets {
-                let word = if verdict.met { "met" } else { "NOT MET" };
-                let Verdict { what, ratio, target, .. } = verdict;
-                lines.push(format!("    {what}: {ratio:.2}x, {target}: {word}"));
-            }
+            lines.push(figures_line(&row.name, &format!("nats {}", row.nats_sync), &row.nats));
+            lines.extend(row.targets.iter().map(ToString::to_string));
         }
-        lines.push(format!(
-            "no compression, linger {} ms, median of {} rounds of {} s; servers whose turn it is not use {:.3} CPUs; \
-             {} CPUs, Linux {}, nats-server {}, {}",
-            self.linger_ms,
-            self.rounds,
-            self.round_s,
-            self.idle_cpu,
-            self.cpus,
-            self.kernel,
-            self.nats_version,
-            self.date
-        ));
+        lines.push(format!("{}; nats-server {}", self.foot(), self.nats_version));
         lines.join("\n")
+    }
+
+    /// What all figures were measured with.
+    pub fn foot(&self) -> String {
+        format!(
+            "no compression, linger {} ms, median of {} rounds of {} s; servers whose turn it is not use {:.3} CPUs; \
+             {} CPUs, Linux {}, {}",
+            self.linger_ms, self.rounds, self.round_s, self.idle_cpu, self.cpus, self.kernel, self.date
+        )
     }
 }
 
-fn line(name: &str, side: &str, figures: &Figures) -> String {
+/// The columns of [`figures_line`].
+pub fn figures_head() -> String {
+    format!(
+        "{:<27} {:<12} {:>9} {:>7} {:>8} {:>8} {:>7} {:>7} {:>6}  {}",
+        "case", "side", "msg/s", "MB/s", "p50 us", "p99 us", "CPU s/M", "client", "MB", "setting; spread"
+    )
+}
+
+/// One side of one case, for people.
+pub fn figures_line(name: &str, side: &str, figures: &Figures) -> String {
     let optional = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.0}"));
     format!(
         "{:<27} {:<12} {:>9.0} {:>7.1} {:>8} {:>8} {:>7.2} {:>7.2} {:>6.0}  {}; {:.0} to {:.0} msg/s",
