@@ -275,7 +275,8 @@ async fn by_runs(ask: Ask, limit: Duration, count: &mut u64) -> Result<Found, St
         let seed = ask.seed + index;
         let one = Ask { seed, dir: dir.join(format!("{}-{seed}", ask.faults.replace(',', "+"))), ..ask.clone() };
         let Ok(entry) = timeout(limit.saturating_sub(begin.elapsed()), child::run(&one)).await else {
-            return Err(format!("the time was over in the middle of the run with seed {seed}"));
+            let over = || format!("the time was over in the middle of the run with seed {seed}");
+            return Err(doubt.unwrap_or_else(over));
         };
         *count += 1;
         if !entry.anomaly_counts.is_empty() {

@@ -37,7 +37,7 @@ pub use cluster::{Cluster, Error as ClusterError, Options as ClusterOptions, fin
 pub use controls::{Caught, ControlsArgs, controls};
 pub use disk::{DiskKind, serve as serve_disk};
 pub use history::{Error as HistoryError, History};
-pub use host::{clean, reap};
+pub use host::{Machine, Need, clean, reap};
 pub use report::{json, text, write as write_report};
 pub use run::{Run, RunArgs, list, parse_time, run};
 pub use scorecard::{ScorecardArgs, scorecard};

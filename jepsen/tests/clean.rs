@@ -1,15 +1,18 @@
 //! The story: a run is ended, in order or not, while it has namespaces, mounts, loop devices and processes. Nothing
-//! of it may be left, and another run at the same time is left alone. Needs root, as such runs do.
+//! of it may be left, and another run at the same time is left alone. Needs root and a machine that makes such hosts,
+//! as these runs do.
 
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::{
-    fs,
+    fs::{self, File},
     path::Path,
     process::{Child, Command, Stdio},
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 
+use arqon_jepsen::{Machine, Need};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Stands for arqon: writes configurations, and runs nodes that never become ready.
@@ -26,6 +29,12 @@ else
 fi
 "#;
 
+/// Long enough for a machine that does much else.
+const WAIT_TIME_MAX: Duration = Duration::from_secs(120);
+
+/// Looked at once: what is tried carries the number of this process in its name.
+static MACHINE: LazyLock<Machine> = LazyLock::new(|| Machine::look(false, Err(String::new())));
+
 struct Run {
     child: Child,
     dir: tempfile::TempDir,
@@ -36,16 +45,15 @@ fn ip(args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(30);
-    while !is_so() {
-        assert!(Instant::now() < end, "not within 30 s: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
 impl Run {
     fn start(disk: &str) -> Self {
+        let mut run = Self::begin(disk);
+        run.nodes_run();
+        run
+    }
+
+    /// Does not wait for the nodes.
+    fn begin(disk: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (text, arqon) = (dir.path().join("script"), dir.path().join("arqon"));
         fs::write(&text, ARQON).unwrap();
@@ -53,10 +61,35 @@ impl Run {
         assert!(Command::new("install").args(["-m", "755"]).arg(&text).arg(&arqon).status().unwrap().success());
         let mut command = Command::new(env!("CARGO_BIN_EXE_arqon-jepsen"));
         command.args(["run", "--json", "--faults", "none", "--disk", disk, "--dir"]).arg(dir.path().join("run"));
-        command.arg("--arqon").arg(arqon).stdout(Stdio::null()).stderr(Stdio::null());
-        let run = Self { child: command.spawn().unwrap(), dir };
-        until("all three nodes run", || (1..=3).all(|node| run.node_runs(node)));
-        run
+        let stderr = File::create(dir.path().join("stderr")).unwrap();
+        command.arg("--arqon").arg(arqon).stdout(Stdio::null()).stderr(stderr);
+        Self { child: command.spawn().unwrap(), dir }
+    }
+
+    fn nodes_run(&mut self) {
+        self.until("all three nodes run", |run| {
+            let ended = run.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the run ended ({ended:?}): {}", run.stderr());
+            (1..=3).all(|node| run.node_runs(node))
+        });
+    }
+
+    fn until(&mut self, what: &str, mut is_so: impl FnMut(&mut Self) -> bool) {
+        let end = Instant::now() + WAIT_TIME_MAX;
+        while !is_so(self) {
+            assert!(
+                Instant::now() < end,
+                "not within {WAIT_TIME_MAX:?}: {what}; there is {:?}; the run and its reaper told: {}",
+                self.left(),
+                self.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// What the run and its reaper have told.
+    fn stderr(&self) -> String {
+        fs::read_to_string(self.dir.path().join("stderr")).unwrap()
     }
 
     fn id(&self) -> String {
@@ -115,54 +148,64 @@ impl Drop for Run {
     }
 }
 
-fn is_root() -> bool {
-    let is_root = rustix::process::geteuid().is_root();
-    if !is_root {
-        eprintln!("not run: needs root");
+/// Whether this machine can make hosts with such a disk; says what is missing where it cannot.
+fn can(disk: &str) -> bool {
+    let disk_need = match disk {
+        "ext4" => Some(Need::LoopDisk),
+        "fuse" => Some(Need::FuseDisk),
+        _ => None,
+    };
+    let missing = [Some(Need::Network), disk_need].into_iter().flatten().find_map(|need| MACHINE.has(need).err());
+    if let Some(why) = &missing {
+        eprintln!("not run with disk {disk}: {why}");
     }
-    is_root
+    missing.is_none()
+}
+
+fn clean() {
+    let output = Command::new(env!("CARGO_BIN_EXE_arqon-jepsen")).arg("clean").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
 fn nothing_is_left_of_a_run_that_is_killed() {
-    if !is_root() {
-        return;
-    }
-    for disk in ["ext4", "fuse", "plain"] {
+    for disk in ["ext4", "fuse", "plain"].into_iter().filter(|disk| can(disk)) {
         let mut run = Run::start(disk);
         assert!(run.left().len() > 6, "{:?}", run.left());
         run.signal(Signal::KILL);
         run.child.wait().unwrap();
-        until("the reaper is through", || run.left().is_empty());
+        run.until("the reaper is through", |run| run.left().is_empty());
     }
 }
 
 #[test]
 fn nothing_is_left_of_a_run_that_is_stopped_with_ctrl_c() {
-    if !is_root() {
-        return;
-    }
-    for disk in ["ext4", "fuse"] {
+    for disk in ["ext4", "fuse"].into_iter().filter(|disk| can(disk)) {
         let mut run = Run::start(disk);
         run.signal(Signal::INT);
         assert!(!run.child.wait().unwrap().success());
-        assert_eq!(run.left(), [""; 0], "with {disk}, right after its end");
+        assert_eq!(run.left(), [""; 0], "with {disk}, right after its end: {}", run.stderr());
     }
 }
 
 #[test]
 fn a_stopped_node_does_not_keep_a_killed_run_and_clean_leaves_a_living_one_alone() {
-    if !is_root() {
+    if !(can("ext4") && can("fuse")) {
         return;
     }
-    let (mut dead, living) = (Run::start("ext4"), Run::start("fuse"));
+    // Side by side, as each waits only so long for nodes that never become ready.
+    let (mut dead, mut living) = (Run::begin("ext4"), Run::begin("fuse"));
+    dead.nodes_run();
+    living.nodes_run();
     for pid in ip(&["netns", "pids", &format!("aj{}-2", dead.id())]).split_whitespace() {
         kill_process(Pid::from_raw(pid.parse().unwrap()).unwrap(), Signal::STOP).unwrap();
     }
     let before = living.left();
     dead.signal(Signal::KILL);
     dead.child.wait().unwrap();
-    until("the reaper is through", || dead.left().is_empty());
-    assert!(Command::new(env!("CARGO_BIN_EXE_arqon-jepsen")).arg("clean").output().unwrap().status.success());
-    assert_eq!(living.left(), before);
+    // While the reaper does the same, and after it.
+    clean();
+    dead.until("the reaper is through", |dead| dead.left().is_empty());
+    clean();
+    assert_eq!(living.left(), before, "{}", living.stderr());
 }

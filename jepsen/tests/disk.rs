@@ -1,5 +1,5 @@
 //! A FUSE disk as a node sees it: what was synced is there after a cut, what was not may be gone, and trouble
-//! shows as the errors of a real disk. Needs root.
+//! shows as the errors of a real disk. Needs root, and a machine that lets it mount.
 
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
@@ -9,11 +9,16 @@ use std::{
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::PathBuf,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::LazyLock,
     time::{Duration, Instant},
 };
 
+use arqon_jepsen::{Machine, Need};
 use arqon_storage::RealDisk;
 use rustix::fs::{FallocateFlags, OFlags, fallocate, statvfs};
+
+/// Looked at once: what is tried carries the number of this process in its name.
+static MACHINE: LazyLock<Machine> = LazyLock::new(|| Machine::look(false, Err(String::new())));
 
 struct Disk {
     child: Child,
@@ -26,24 +31,32 @@ struct Disk {
 impl Disk {
     /// `None` where it cannot be had.
     fn start() -> Option<Self> {
-        if !rustix::process::geteuid().is_root() || File::open("/dev/fuse").is_err() {
-            eprintln!("not run: needs root and /dev/fuse");
+        if let Err(why) = MACHINE.has(Need::FuseDisk) {
+            eprintln!("not run: no disk that is a program can be mounted here: {why}");
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("disk")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_arqon-jepsen"));
         command.arg("disk").arg(dir.path().join("store")).arg(dir.path().join("disk"));
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let stderr = File::create(dir.path().join("stderr")).unwrap();
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
         let (orders, answers) = (child.stdin.take(), child.stdout.take().unwrap());
         let mut disk = Self { child, orders, answers: BufReader::new(answers).lines(), dir };
-        assert_eq!(disk.answers.next().unwrap().unwrap(), r#""ready""#);
+        assert_eq!(disk.answer(), r#""ready""#);
         Some(disk)
     }
 
     fn order(&mut self, text: &str) -> String {
         writeln!(self.orders.as_mut().unwrap(), "{text}").unwrap();
-        self.answers.next().unwrap().unwrap()
+        self.answer()
+    }
+
+    fn answer(&mut self) -> String {
+        let Some(line) = self.answers.next() else {
+            panic!("the disk has ended: {}", fs::read_to_string(self.dir.path().join("stderr")).unwrap());
+        };
+        line.unwrap()
     }
 
     fn trouble(&mut self, field: &str, value: &str) {

@@ -15,8 +15,10 @@ use tokio::{
 use super::fuse::{Answer, Counters, Lost, Order, Trouble};
 use crate::cluster::Error;
 
-/// Time for the program to end.
+/// Time for the program to end by itself.
 const END_TIME_MAX: Duration = Duration::from_secs(5);
+/// Time for the program to be gone once it is killed; a kernel that is busy with its mount holds it up.
+const KILL_TIME_MAX: Duration = Duration::from_secs(10);
 /// Time for an answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 
@@ -108,20 +110,48 @@ impl Program {
             other => self.unexpected(&other),
         }
     }
+
+    /// Whether the program has ended and was collected, waited for up to `limit`.
+    fn is_gone_within(&mut self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() > end {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
+    }
 }
 
 impl Drop for Program {
     /// Sees the disk unmounted and its program gone.
     fn drop(&mut self) {
         drop(self.orders.take());
-        let end = Instant::now() + END_TIME_MAX;
-        while matches!(self.child.try_wait(), Ok(None)) {
-            if Instant::now() > end {
-                // Its mount goes with the run's claim.
-                let _ = self.child.start_kill();
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        if self.is_gone_within(END_TIME_MAX) {
+            return;
         }
+        // Its mount goes with the run's claim. It may have ended just now.
+        let _ = self.child.start_kill();
+        if !self.is_gone_within(KILL_TIME_MAX) {
+            eprintln!("warning: the program of disk {} does not end", self.name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::child::tests::program;
+
+    #[tokio::test]
+    async fn a_program_that_does_not_end_by_itself_is_killed_and_collected() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = program(dir.path(), "echo '\"ready\"'; exec sleep 600");
+        let disk = Program::start(&program, &dir.path().join("store"), &dir.path().join("mount")).await.unwrap();
+        let process = Path::new("/proc").join(disk.child.id().unwrap().to_string());
+        assert!(process.exists());
+        drop(disk);
+        assert!(!process.exists(), "not even as one that waits to be collected");
     }
 }

@@ -9,11 +9,13 @@
 //!
 //! Everything carries the id of the run in its name: namespaces `ajID-1`, the bridge `ajID`, interfaces
 //! `ajIDv1`; mounts and loop devices lie below the run's directory. So a claim of a process that has
-//! ended says all that may be left of it, and two runs at a time do not touch each other.
+//! ended says all that may be left of it, and two runs at a time do not touch each other. Whoever cleans up holds a
+//! lock on the claim meanwhile: the reaper of a run and `clean` may come at the same time.
 
 use std::{
-    fs,
-    io::Read,
+    fs::{self, File},
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -103,10 +105,19 @@ impl Claim {
         process_start(self.pid) != Some(self.started)
     }
 
-    /// Gives back everything that this claim says and forgets the claim. What is gone already is no error.
-    /// Gives what could not be given back, a line each; the claim stays then.
+    /// Waits until nobody else does the same, gives back everything that this claim says and forgets the claim. What
+    /// is gone already is no error. Gives what could not be given back, a line each; the claim stays then.
     #[must_use]
     pub fn release(&self) -> Vec<String> {
+        let path = self.path();
+        match lock(&path) {
+            Ok(Some(_lock)) => self.give_back(),
+            Ok(None) => Vec::new(),
+            Err(error) => vec![format!("cannot lock {}: {error}", path.display())],
+        }
+    }
+
+    fn give_back(&self) -> Vec<String> {
         let mut left = Vec::new();
         let namespaces = self.namespaces();
         for name in &namespaces {
@@ -114,9 +125,7 @@ impl Claim {
         }
         left.extend(self.unmount_all());
         left.extend(self.detach_loops());
-        for name in &namespaces {
-            left.extend(tool::run_blocking("ip", &["netns", "delete", name], "").err().map(|error| error.to_string()));
-        }
+        left.extend(namespaces.iter().filter_map(|name| delete_namespace(name).err()));
         for name in self.interfaces() {
             let deleted = tool::run_blocking("ip", &["link", "delete", &name], "");
             // The system may have come first, as its namespace was the last user.
@@ -179,11 +188,38 @@ impl Claim {
     }
 }
 
+/// Waits until nobody else cleans up by the claim at `path`, and keeps others from it for as long as the file is open.
+/// `None` when the claim is gone, as somebody else has given everything back.
+fn lock(path: &Path) -> io::Result<Option<File>> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    file.lock()?;
+    // Whoever had the lock before may have deleted the file.
+    Ok((file.metadata()?.nlink() > 0).then_some(file))
+}
+
+fn namespace_exists(namespace: &str) -> bool {
+    Path::new("/run/netns").join(namespace).exists()
+}
+
+/// Deletes a namespace unless it is gone already.
+fn delete_namespace(namespace: &str) -> Result<(), String> {
+    let deleted = tool::run_blocking("ip", &["netns", "delete", namespace], "");
+    deleted.map(|_| ()).or_else(|error| if namespace_exists(namespace) { Err(error.to_string()) } else { Ok(()) })
+}
+
 /// Kills all processes of a namespace and sees them gone.
 fn end_processes(namespace: &str) -> Result<(), String> {
     let end = Instant::now() + GONE_TIME_MAX;
     loop {
-        let listed = tool::run_blocking("ip", &["netns", "pids", namespace], "").map_err(|error| error.to_string())?;
+        let listed = match tool::run_blocking("ip", &["netns", "pids", namespace], "") {
+            Ok(listed) => listed,
+            Err(error) if namespace_exists(namespace) => return Err(error.to_string()),
+            // It was deleted, which is only done when its processes are gone.
+            Err(_) => return Ok(()),
+        };
         let pids: Vec<u32> = listed.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
         let alive: Vec<u32> = pids.into_iter().filter(|pid| process_start(*pid).is_some()).collect();
         if alive.is_empty() {
@@ -231,10 +267,12 @@ impl Held {
     pub fn take(dir: &Path, program: &Path) -> Result<Self, Error> {
         let claim = Claim::own(dir)?;
         let path = claim.path();
-        let wrong = |error: std::io::Error| Error::new(format!("claim {}: {error}", path.display()));
+        let wrong = |error: io::Error| Error::new(format!("claim {}: {error}", path.display()));
         fs::create_dir_all(folder()).map_err(wrong)?;
         let text = serde_json::to_string(&claim).map_err(|error| wrong(error.into()))?;
-        fs::write(&path, text).map_err(wrong)?;
+        // Under its name it is whole: `clean` may read it at any time.
+        let draft = path.with_extension("draft");
+        fs::write(&draft, text).and_then(|()| fs::rename(&draft, &path)).map_err(wrong)?;
         let mut command = Command::new(program);
         // In a session of its own, so that no signal for this program's group reaches it.
         command.arg("reap").arg(&path).stdin(Stdio::piped()).stdout(Stdio::null());
@@ -252,7 +290,12 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        for line in self.claim.release() {
+        let left = {
+            // What this process has taken is given back even if somebody has deleted its claim.
+            let _lock = lock(&self.claim.path());
+            self.claim.give_back()
+        };
+        for line in left {
             eprintln!("warning: {line}");
         }
         drop(self.reaper.stdin.take());
@@ -287,9 +330,22 @@ pub fn clean() -> Result<Vec<String>, String> {
     let mut cleaned = Vec::new();
     let mut left = Vec::new();
     for entry in fs::read_dir(folder()).into_iter().flatten().flatten() {
-        let text = fs::read_to_string(entry.path()).unwrap_or_default();
+        let path = entry.path();
+        if path.extension().is_none_or(|extension| extension != "json") {
+            // A claim that is being written: its run has taken nothing yet.
+            continue;
+        }
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            // The run, or its reaper, was through in the meantime.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => {
+                left.push(format!("{}: {error}", path.display()));
+                continue;
+            }
+        };
         let Ok(claim) = serde_json::from_str::<Claim>(&text) else {
-            left.push(format!("{}: is no claim", entry.path().display()));
+            left.push(format!("{}: is no claim", path.display()));
             continue;
         };
         if claim.is_dead() {
@@ -309,8 +365,7 @@ fn clean_trials() -> Vec<String> {
         let id = name.strip_prefix("aj").and_then(|rest| rest.strip_suffix("-trial"));
         id.and_then(|id| u32::from_str_radix(id, 16).ok()).is_some_and(|pid| process_start(pid).is_none())
     };
-    let deleted = names.filter(is_dead).map(|name| tool::run_blocking("ip", &["netns", "delete", &name], ""));
-    deleted.filter_map(|deleted| deleted.err().map(|error| error.to_string())).collect()
+    names.filter(is_dead).filter_map(|name| delete_namespace(&name).err()).collect()
 }
 
 #[cfg(test)]
@@ -327,6 +382,26 @@ mod tests {
         let dead = Claim { pid: child.id(), ..claim };
         child.wait().unwrap();
         assert!(dead.is_dead());
+    }
+
+    #[test]
+    fn whoever_waits_for_a_claim_learns_that_it_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("claim.json");
+        fs::write(&path, "{}").unwrap();
+        let held = lock(&path).unwrap().unwrap();
+        let other = path.clone();
+        let waiting = std::thread::spawn(move || lock(&other).unwrap().is_some());
+        fs::remove_file(&path).unwrap();
+        drop(held);
+        assert!(!waiting.join().unwrap());
+        assert!(lock(&path).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_namespace_that_is_gone_is_no_error() {
+        assert_eq!(end_processes("aj-not-there"), Ok(()));
+        assert_eq!(delete_namespace("aj-not-there"), Ok(()));
     }
 
     #[test]

@@ -20,7 +20,7 @@ const FAKETIME_PATHS: [&str; 6] = [
 /// Something that a fault needs of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Need {
-    /// Namespaces, so that each node has an address of its own.
+    /// Namespaces and a bridge between them, so that each node has an address of its own.
     Network,
     /// Rules that drop packets.
     Filter,
@@ -64,6 +64,21 @@ fn device(path: &str) -> Result<(), String> {
     fs::OpenOptions::new().read(true).write(true).open(path).map(|_| ()).map_err(|error| format!("{path}: {error}"))
 }
 
+/// Mounts something where nobody sees it, in a namespace that is gone with the program. Where the system shares its
+/// mounts, one that is unmounted elsewhere meanwhile goes there too.
+fn mount() -> Result<(), String> {
+    let at = std::env::temp_dir().display().to_string();
+    let args = ["--mount", "--propagation", "slave", "mount", "-t", "tmpfs", "arqon-jepsen", &at];
+    tool::run_blocking("unshare", &args, "").map(|_| ()).map_err(|error| error.to_string())
+}
+
+/// Asks for a loop device that is free; where devices are not the system's own, there may be none of that name.
+fn loop_device() -> Result<(), String> {
+    device("/dev/loop-control")?;
+    let free = tool::run_blocking("losetup", &["--find"], "").map_err(|error| error.to_string())?;
+    device(free.trim())
+}
+
 impl Machine {
     /// Tries what can be tried. `previous` says whether the program of an earlier release is named, `planted` where
     /// the one with crash points is, or why there is none.
@@ -80,7 +95,11 @@ impl Machine {
             all.extend(args);
             tool::run_blocking("ip", &all, "").map(|_| ()).map_err(|error| error.to_string())
         };
-        let network = made.map(|_| ());
+        let made = made.map(|_| ());
+        let network = made
+            .clone()
+            .and_then(|()| in_trial("ip", &["link", "add", "aj0", "type", "bridge"]))
+            .and_then(|()| in_trial("ip", &["link", "add", "aj1", "type", "veth", "peer", "name", "aj2"]));
         let filter = network.clone().and_then(|()| tools(&["nft"])).and_then(|()| {
             in_trial(
                 "nft",
@@ -93,19 +112,17 @@ impl Machine {
                 &["qdisc", "add", "dev", "lo", "root", "tbf", "rate", "1mbit", "burst", "16kb", "latency", "50ms"],
             )
         });
-        if network.is_ok() {
+        if made.is_ok() {
             // A run that is judged says the same of its own namespaces, loudly.
             let _ = tool::run_blocking("ip", &["netns", "delete", &trial], "");
         }
+        let mounting = root.and_then(|()| tools(&["mount", "unshare"])).and_then(|()| mount());
         Self {
             network,
             filter,
             shaper,
-            loop_disk: root
-                .clone()
-                .and_then(|()| tools(&["mkfs.ext4", "mount", "losetup"]))
-                .and_then(|()| device("/dev/loop-control")),
-            fuse_disk: root.and_then(|()| device("/dev/fuse")),
+            loop_disk: mounting.clone().and_then(|()| tools(&["mkfs.ext4", "losetup"])).and_then(|()| loop_device()),
+            fuse_disk: mounting.and_then(|()| device("/dev/fuse")),
             clock: FAKETIME_PATHS
                 .iter()
                 .map(PathBuf::from)
