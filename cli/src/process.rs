@@ -23,8 +23,9 @@ use crate::Failure;
 const READY_LINE_SIZE_MAX: u64 = 64 << 10;
 /// How much of a log's end is shown when its child fails, in bytes.
 const LOG_TAIL_SIZE: u64 = 4 << 10;
-/// How long a child may take to stop after SIGTERM.
-const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a child may take to stop after SIGTERM: on a slow disk or a busy machine it takes long to hand over what
+/// it leads and to bring everything to the disk, and a child that is killed has done neither.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Makes the kernel kill this process when its parent dies.
 ///

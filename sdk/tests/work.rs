@@ -9,6 +9,12 @@ use std::{collections::HashSet, time::Duration};
 use arqon_sdk::{Client, Error, Job, NewEvent, Options, ProducerOptions, Worker, WorkerOptions, wire::ErrorCode};
 use fake::{Bus, Fault, Kind, refuse};
 
+/// What takes longer never comes.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Much longer than a slow machine takes for one job, where jobs must come again that were granted in an answer that
+/// was lost.
+const SHORT_LEASE: Duration = Duration::from_secs(5);
+
 async fn bus_with(jobs: usize, partition_count: usize) -> (Bus, Client) {
     let bus = Bus::start(2).await;
     bus.state().create("x.jobs", partition_count);
@@ -26,14 +32,14 @@ async fn bus_with(jobs: usize, partition_count: usize) -> (Bus, Client) {
     (bus, client)
 }
 
+/// With leases that do not end while a test runs.
 async fn worker(client: &Client, parallelism: usize) -> Worker {
-    let options = WorkerOptions {
-        group: "g".into(),
-        parallelism,
-        wait: Duration::from_millis(100),
-        lease: Duration::from_secs(1),
-        ..Default::default()
-    };
+    worker_with(client, parallelism, Duration::from_secs(30)).await
+}
+
+async fn worker_with(client: &Client, parallelism: usize, lease: Duration) -> Worker {
+    let options =
+        WorkerOptions { group: "g".into(), parallelism, wait: Duration::from_millis(100), lease, ..Default::default() };
     client.worker("x.jobs", options).await.unwrap()
 }
 
@@ -51,7 +57,7 @@ async fn every_job_of_every_partition_gets_its_one_result() {
     bus.faults(Kind::Work, [None, Some(Fault::Lost), refuse(ErrorCode::NotLeader), refuse(ErrorCode::Overloaded)]);
     bus.faults(Kind::Ack, [Some(Fault::DoneThenLost), None, Some(Fault::Lost)]);
     bus.faults(Kind::Produce, [Some(Fault::DoneThenLost), None, Some(Fault::Lost)]);
-    let mut worker = worker(&client, 8).await;
+    let mut worker = worker_with(&client, 8, SHORT_LEASE).await;
     let mut running = tokio::task::JoinSet::new();
     for _ in 0..200 {
         let job = next(&mut worker).await;
@@ -61,7 +67,7 @@ async fn every_job_of_every_partition_gets_its_one_result() {
     for completed in running.join_all().await {
         assert!(!completed.duplicate && completed.offset.is_some());
     }
-    assert_eq!(worker.stop(Duration::from_secs(5)).await, 0);
+    assert_eq!(worker.stop(PATIENCE).await, 0);
     assert!(worker.next().await.unwrap().is_none());
     let distinct: HashSet<_> = results(&bus, 4).into_iter().collect();
     assert_eq!((distinct.len(), results(&bus, 4).len()), (200, 200));
@@ -77,7 +83,7 @@ async fn every_job_of_every_partition_gets_its_one_result() {
 async fn many_jobs_are_acknowledged_together_and_the_lost_one_is_told() {
     let (bus, client) = bus_with(300, 2).await;
     bus.faults(Kind::Ack, [Some(Fault::Lost), refuse(ErrorCode::NotLeader)]);
-    let mut worker = worker(&client, 64).await;
+    let mut worker = worker_with(&client, 64, SHORT_LEASE).await;
     let mut acknowledged = 0;
     let mut lost = None;
     while acknowledged < 300 {
@@ -98,7 +104,7 @@ async fn many_jobs_are_acknowledged_together_and_the_lost_one_is_told() {
         }
         acknowledged += count - refused.len();
     }
-    assert_eq!(worker.stop(Duration::from_secs(5)).await, 0, "every place is free again");
+    assert_eq!(worker.stop(PATIENCE).await, 0, "every place is free again");
 }
 
 #[tokio::test]
@@ -133,7 +139,7 @@ async fn every_place_is_used_though_requests_wait_for_company() {
     let settled = |bus: &Bus| bus.state().partition("x.jobs", 0).queues["g"].settled.len();
     assert_eq!(settled(&bus), 50);
     assert!(Job::ack_all(held).await.is_empty());
-    assert_eq!((settled(&bus), worker.stop(Duration::from_secs(5)).await), (142, 0), "every place is free again");
+    assert_eq!((settled(&bus), worker.stop(PATIENCE).await), (142, 0), "every place is free again");
 }
 
 #[tokio::test]
@@ -164,11 +170,12 @@ async fn a_result_too_large_leaves_the_job_in_hand() {
 #[tokio::test]
 async fn a_lost_lease_is_noticed_and_only_the_first_result_stands() {
     let (bus, client) = bus_with(1, 1).await;
-    let mut worker = worker(&client, 2).await;
+    // Renewed after a third of it.
+    let mut worker = worker_with(&client, 2, Duration::from_secs(3)).await;
     let first = next(&mut worker).await;
     bus.state().partition("x.jobs", 0).expire("g", 0);
     bus.shared.changed.notify_waiters();
-    tokio::time::timeout(Duration::from_secs(5), first.lost()).await.expect("the renewal tells");
+    tokio::time::timeout(PATIENCE, first.lost()).await.expect("the renewal tells");
     assert!(first.is_lost());
     let second = next(&mut worker).await;
     assert_eq!(second.attempt, 2);
@@ -182,7 +189,7 @@ async fn a_lost_lease_is_noticed_and_only_the_first_result_stands() {
 #[tokio::test]
 async fn leases_are_renewed_while_the_job_lives() {
     let (bus, client) = bus_with(2, 1).await;
-    let mut worker = worker(&client, 2).await;
+    let mut worker = worker_with(&client, 2, Duration::from_secs(3)).await;
     let held = [next(&mut worker).await, next(&mut worker).await];
     let renewals = || bus.state().partition("x.jobs", 0).queues["g"].renewals;
     let renewed = async {
@@ -190,7 +197,7 @@ async fn leases_are_renewed_while_the_job_lives() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(5), renewed).await.expect("two jobs, renewed twice");
+    tokio::time::timeout(PATIENCE, renewed).await.expect("two jobs, renewed twice");
     assert!(held.iter().all(|job| !job.is_lost()));
 }
 
@@ -199,7 +206,8 @@ async fn stopping_gives_back_what_was_not_handed_out_and_waits_for_the_rest() {
     let (bus, client) = bus_with(10, 1).await;
     let mut worker = worker(&client, 4).await;
     let held = next(&mut worker).await;
-    assert_eq!(worker.stop(Duration::from_millis(300)).await, 1, "one is still held");
+    // As long as a slow machine takes to give the others back.
+    assert_eq!(worker.stop(Duration::from_secs(3)).await, 1, "one is still held");
     {
         let mut state = bus.state();
         let queue = &state.partition("x.jobs", 0).queues["g"];
@@ -208,7 +216,7 @@ async fn stopping_gives_back_what_was_not_handed_out_and_waits_for_the_rest() {
     assert!(worker.next().await.unwrap().is_none());
     held.complete("x.results", NewEvent::new("r")).await.unwrap();
     drop(held);
-    assert_eq!(worker.stop(Duration::from_secs(5)).await, 0);
+    assert_eq!(worker.stop(PATIENCE).await, 0);
 }
 
 #[tokio::test]

@@ -26,7 +26,8 @@ use wire::frame::Body;
 
 type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+/// What takes longer never comes.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Edge {
     bus: Bus,
@@ -51,7 +52,10 @@ impl Edge {
         let pair = TokenKeyPair::generate().unwrap();
         let public_key_file = folder.path().join("token.pub.pem");
         std::fs::write(&public_key_file, &pair.public_key_pem).unwrap();
-        let mut limits = Limits { handshake_ms: 2_000, ..Limits::default() };
+        // A test that is about one of these times sets it.
+        let long = PATIENCE.as_millis() as u64;
+        let mut limits =
+            Limits { handshake_ms: long, ping_ms: long, write_ms: long, request_ms: long, ..Limits::default() };
         limit(&mut limits);
         let key = AuthKey { kid: None, algorithm: TokenAlgorithm::EdDSA, public_key_file };
         let config = Config {
@@ -267,26 +271,28 @@ async fn jobs_are_worked_through_the_edge_and_lease_tokens_pass() {
 
 #[tokio::test]
 async fn a_client_over_its_rate_is_told_when_to_come_back() {
-    let edge = Edge::start(|limits| (limits.connection_rate, limits.connection_burst) = (10, 10)).await;
+    // All pass only where they take a second each.
+    let edge = Edge::start(|limits| (limits.connection_rate, limits.connection_burst) = (1, 10)).await;
     let mut socket = edge.open().await;
-    for id in 1..=11 {
+    for id in 1..=100 {
         send(&mut socket, id, describe()).await;
     }
     let mut limited = Vec::new();
-    for _ in 1..=11 {
+    for _ in 1..=100 {
         if let (id, Body::Error(error), _) = answer(&mut socket).await {
             assert_eq!(error.code(), wire::ErrorCode::RateLimitExceeded);
-            assert!((1..=101).contains(&error.retry_after_ms), "{}", error.retry_after_ms);
+            assert!((1..=1_001).contains(&error.retry_after_ms), "{}", error.retry_after_ms);
             limited.push(id);
         }
     }
-    assert_eq!(limited, [11]);
-    edge.wait_for_metric("arqon_shield_rate_limited_total 1").await;
+    assert!(!limited.is_empty() && limited.iter().all(|id| *id > 10), "{limited:?}");
+    edge.wait_for_metric(&format!("arqon_shield_rate_limited_total {}", limited.len())).await;
 }
 
 #[tokio::test]
 async fn a_flood_of_one_tenant_leaves_another_served() {
-    let edge = Edge::start(|limits| (limits.tenant_rate, limits.tenant_burst) = (20, 20)).await;
+    // The calm one sends no more than a burst; the flood gets one more through with each second that the test takes.
+    let edge = Edge::start(|limits| (limits.tenant_rate, limits.tenant_burst) = (1, 20)).await;
     let mut flooding = edge.open_with(&edge.token_for("a", &["subscribe:*"], 600), 0).await;
     let mut calm = edge.open_with(&edge.token_for("b", &["subscribe:*"], 600), 0).await;
     let mut refused = 0;
@@ -324,7 +330,7 @@ async fn answers_wait_for_credit() {
 #[tokio::test]
 async fn a_client_that_does_not_read_is_dropped() {
     let edge = Edge::start(|limits| {
-        limits.write_ms = 300;
+        limits.write_ms = 2_000;
         limits.requests = 64;
         limits.send_size = 4 << 20;
     })
@@ -341,7 +347,8 @@ async fn a_client_that_does_not_read_is_dropped() {
 #[tokio::test]
 async fn a_session_ends_with_its_token() {
     let edge = Edge::start(|_| {}).await;
-    let mut socket = edge.open_with(&edge.token_for("acme", &["subscribe:*"], 2), 0).await;
+    // Long enough for a slow machine to open the session and to be answered.
+    let mut socket = edge.open_with(&edge.token_for("acme", &["subscribe:*"], 5), 0).await;
     send(&mut socket, 1, describe()).await;
     assert_eq!(answer(&mut socket).await.0, 1);
     assert_eq!(next(&mut socket).await.unwrap_err(), 4401);
@@ -349,7 +356,7 @@ async fn a_session_ends_with_its_token() {
 
 #[tokio::test]
 async fn a_silent_client_is_pinged_and_then_closed() {
-    let edge = Edge::start(|limits| limits.ping_ms = 100).await;
+    let edge = Edge::start(|limits| limits.ping_ms = 2_000).await;
     let mut awake = edge.open().await;
     let mut asleep = edge.open().await;
     let MaybeTlsStream::Plain(stream) = asleep.get_mut() else { panic!() };
@@ -362,7 +369,7 @@ async fn a_silent_client_is_pinged_and_then_closed() {
 
 #[tokio::test]
 async fn a_handshake_that_does_not_end_is_ended() {
-    let edge = Edge::start(|limits| limits.handshake_ms = 200).await;
+    let edge = Edge::start(|limits| limits.handshake_ms = 2_000).await;
     let mut stream = TcpStream::connect(edge.shield.address()).await.unwrap();
     stream.write_all(b"GET /v1/ws HTTP/1.1\r\nhost:").await.unwrap();
     let ended = timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await.expect("in time");

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use crate::running::{Cluster, arqon, documents, eventually, fail, succeed};
+use crate::running::{Cluster, arqon, documents, eventually, fail, own_host, succeed};
 
 /// A node started beside `arqon up`; killed when dropped.
 struct Another(Child);
@@ -21,9 +21,8 @@ impl Drop for Another {
 fn write_config(folder: &Path) -> [String; 3] {
     let text = std::fs::read_to_string(folder.join("node-3.toml")).unwrap();
     let mut config: toml::Table = text.parse().unwrap();
-    // Outgoing connections leave from 127.0.0.1, so that the ports are free.
-    let low = std::process::id() % 250 + 2;
-    let address = |port: u16| format!("127.77.3.{low}:{port}");
+    let host = own_host();
+    let address = |port: u16| format!("{host}:{port}");
     let [client, peer, control, admin] = [7700, 7701, 7705, 7720].map(address);
     config.insert("node".into(), 4.into());
     config.insert("data".into(), "node-4".into());

@@ -1,8 +1,11 @@
 //! Runs the built `arqon`, and clusters of it.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -53,6 +56,41 @@ pub fn fail(command: &mut Command, input: &[u8], code: i32) -> String {
     lines[0].to_owned()
 }
 
+/// Whoever listens here has the address to itself; no server of these tests is given the port.
+const HOST_PORT: u16 = 7699;
+
+/// A loopback address that no other test is given, whatever runs beside this process. Nor do outgoing connections take
+/// its ports: they leave from 127.0.0.1.
+pub fn own_host() -> Ipv4Addr {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let found = (0..1_000).find_map(|_| {
+        // Processes begin at places of their own, between 127.1.0.0 and 127.254.255.255.
+        let number = std::process::id().wrapping_mul(64).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let [_, high, middle, low] = (number % (254 << 16) + (1 << 16)).to_be_bytes();
+        let host = Ipv4Addr::new(127, high, middle, low);
+        let held = TcpListener::bind((host, HOST_PORT)).ok()?;
+        // For as long as this process lives.
+        std::mem::forget(held);
+        Some(host)
+    });
+    found.unwrap()
+}
+
+/// Writes the configurations of a new cluster and moves it to an address of its own, so that its ports are free again
+/// and again: those of 127.0.0.1 may be another's by the time that a process is started for the second time.
+fn prepare(node_count: u32, data: &Path) {
+    let mut command = arqon(&["up", "--prepare", "--json", "--nodes", &node_count.to_string(), "--data"]);
+    succeed(command.arg(data), b"");
+    let host = own_host();
+    for entry in fs::read_dir(data).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            let text = fs::read_to_string(&path).unwrap();
+            fs::write(&path, text.replace("127.0.0.1:", &format!("{host}:"))).unwrap();
+        }
+    }
+}
+
 /// `arqon up` in a directory; stopped when dropped.
 pub struct Cluster {
     child: Child,
@@ -61,8 +99,21 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts `node_count` nodes in `data`.
+    /// Starts `node_count` nodes in `data`, where they may have run before.
     pub fn start(node_count: u32, data: &Path) -> Self {
+        if !data.join("node-1.toml").exists() {
+            prepare(node_count, data);
+        }
+        Self::up(node_count, data)
+    }
+
+    /// Starts them as a user does, on the default ports when they are free. Once a process has ended its ports may be
+    /// another's, so that this is for tests that start nothing again.
+    pub fn start_new(node_count: u32, data: &Path) -> Self {
+        Self::up(node_count, data)
+    }
+
+    fn up(node_count: u32, data: &Path) -> Self {
         let mut command = arqon(&["up", "--json", "--nodes", &node_count.to_string(), "--data"]);
         let mut child = command.arg(data).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();

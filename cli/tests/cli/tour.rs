@@ -169,12 +169,12 @@ fn segment_with(logs: &serde_json::Value, data: &str, text: &[u8]) -> std::path:
 #[test]
 fn nothing_is_left_behind_when_arqon_up_is_killed() {
     let folder = tempfile::tempdir().unwrap();
-    let cluster = Cluster::start(3, folder.path());
+    let cluster = Cluster::start_new(3, folder.path());
     let pids = cluster.pids();
     assert_eq!(pids.len(), 4);
     assert!(pids.iter().all(|pid| is_running(*pid)));
     cluster.kill();
-    eventually("the end of all processes", Duration::from_secs(10), || pids.iter().all(|pid| !is_running(*pid)));
+    eventually("the end of all processes", Duration::from_secs(60), || pids.iter().all(|pid| !is_running(*pid)));
 }
 
 #[test]

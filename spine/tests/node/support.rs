@@ -32,7 +32,8 @@ use tokio::{
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 use wire::{control_client::ControlClient, frame::Body};
 
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// What takes longer never comes: far more than anything takes on a machine that has much else to do.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Cluster {
     pub nodes: Vec<Option<Node>>,

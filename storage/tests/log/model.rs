@@ -5,6 +5,7 @@
 //! that nobody was told to be flushed a power cut leaves some first ones. The log must be one of them.
 
 use std::io;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
@@ -17,7 +18,7 @@ use arqon_storage::{
 use bytes::Bytes;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
-use proptest::test_runner::TestRunner;
+use proptest::test_runner::{RngSeed, TestRunner};
 
 /// A change of the log.
 #[derive(Clone, Debug)]
@@ -482,18 +483,37 @@ fn run(fixture: &Fixture, calls: Vec<Call>) {
     machine.waiting.into_iter().for_each(|(_, receiver)| receiver.recv().unwrap().unwrap());
 }
 
-/// Random runs on the disk in memory.
-fn case_count() -> u32 {
-    std::env::var("MODEL_CASES").map_or(1_000, |cases| cases.parse().unwrap())
+/// Seed of the random runs where `MODEL_SEED` names none. It is always the same, so that nobody meets by chance a fault
+/// that is not of the change under test.
+const SEED: u64 = 1;
+
+fn number_of<T: FromStr>(name: &str, otherwise: T) -> T {
+    match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")),
+        Err(_) => otherwise,
+    }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: case_count(), failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn on_the_disk_in_memory(calls in calls()) {
-        run(&Fixture::memory(), calls);
+/// Random runs for the test of this name. A seed gives the same calls each time; only the order in which the threads of
+/// a store come to them is left to chance.
+fn run_some(test: &str, cases: u32, fixture: impl Fn() -> Fixture) {
+    let seed = number_of("MODEL_SEED", SEED);
+    let rng_seed = RngSeed::Fixed(seed);
+    let config = ProptestConfig { cases, rng_seed, failure_persistence: None, ..ProptestConfig::default() };
+    let result = TestRunner::new(config).run(&calls(), |calls| {
+        run(&fixture(), calls);
+        Ok(())
+    });
+    if let Err(error) = result {
+        let command = format!("cargo test --release -p arqon-storage --test log -- --exact model::{test}");
+        panic!("{error}\nreplay with: MODEL_SEED={seed} MODEL_CASES={cases} {command}");
     }
+    println!("{cases} runs, MODEL_SEED={seed}");
+}
+
+#[test]
+fn on_the_disk_in_memory() {
+    run_some("on_the_disk_in_memory", number_of("MODEL_CASES", 1_000), Fixture::memory);
 }
 
 /// What the runs above add up to: chance must not leave the hard parts out.
@@ -512,20 +532,20 @@ fn power_cuts_and_failures_are_among_what_is_tried() {
     assert!(recycled > 3, "{recycled} segments in files of purged ones");
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 15, failure_persistence: None, ..ProptestConfig::default() })]
+/// Random runs on files, which take longer than those in memory.
+const FILES_CASES: u32 = 15;
 
-    #[test]
-    fn on_files(calls in calls()) {
-        run(&Fixture::real(Backend::Plain), calls);
-    }
+#[test]
+fn on_files() {
+    run_some("on_files", FILES_CASES, || Fixture::real(Backend::Plain));
+}
 
-    #[test]
-    fn on_files_with_io_uring_where_it_is_allowed(calls in calls()) {
-        let mut fixture = Fixture::real(Backend::Auto);
-        fixture.options = Options { segment_size_first: 20 << 10, ..fixture.options };
-        run(&fixture, calls);
-    }
+#[test]
+fn on_files_with_io_uring_where_it_is_allowed() {
+    run_some("on_files_with_io_uring_where_it_is_allowed", FILES_CASES, || {
+        let fixture = Fixture::real(Backend::Auto);
+        Fixture { options: Options { segment_size_first: 20 << 10, ..fixture.options }, ..fixture }
+    });
 }
 
 /// The story: the first write to a new segment fails and the power goes; the log is cut at the segment's

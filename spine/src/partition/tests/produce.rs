@@ -1,6 +1,6 @@
 //! Writing and reading.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::sync::atomic::Ordering;
 
 use arqon_proto::{
     Batch, BatchBuilder, Compression, Record,
@@ -198,5 +198,5 @@ async fn too_much_at_once_is_pushed_back_and_what_was_accepted_is_written() {
     }
     assert!((1..60).contains(&written_count), "{written_count}");
     assert_eq!(events.status().committed, written_count * 3);
-    assert!(timeout(Duration::from_secs(10), events.produce(produce_to(EVENTS), batch)).await.unwrap().is_ok());
+    assert!(timeout(PATIENCE, events.produce(produce_to(EVENTS), batch)).await.unwrap().is_ok());
 }

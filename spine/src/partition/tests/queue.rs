@@ -117,14 +117,16 @@ async fn a_job_given_back_comes_again_after_its_delay_and_its_old_lease_is_lost(
     put_jobs(&jobs, 3).await;
     let first = take(&jobs, 3).await;
     assert_eq!(offsets(&first), [(0, 1), (1, 1), (2, 1)]);
+    // Longer than a slow machine takes until it asks for the job again.
+    let delay = Duration::from_secs(5);
     let started = Instant::now();
-    jobs.nack(nack(&first[1..2], 300)).await.unwrap();
+    jobs.nack(nack(&first[1..2], delay.as_millis() as u32)).await.unwrap();
     jobs.ack(ack(&first[..1])).await.unwrap();
     let (none, _) = jobs.work(work(5, 0), None).await.unwrap();
     assert!(none.leases.is_empty(), "the delay is not over");
     let again = take(&jobs, 1).await;
     assert_eq!(offsets(&again), [(1, 2)]);
-    assert!(started.elapsed() >= Duration::from_millis(300));
+    assert!(started.elapsed() >= delay);
     let settled = jobs.ack(ack(&first)).await.unwrap();
     let lost: BTreeSet<_> = settled.lost.iter().map(|lease| (lease.offset, lease.attempt)).collect();
     assert_eq!(lost, BTreeSet::from([(0, 1), (1, 1)]));
@@ -138,10 +140,13 @@ async fn a_lease_runs_out_unless_it_is_renewed_and_an_expired_operator_loses_its
     let cluster = Cluster::start(1).await;
     let jobs = cluster.leader(JOBS).await;
     put_jobs(&jobs, 3).await;
-    let short = |worker: &str| wire::Work { lease_ms: 1_000, worker: worker.into(), ..work(1, 0) };
+    // Much longer than a slow machine takes from one renewal to the next.
+    let lease = Duration::from_secs(5);
+    let short = |worker: &str| wire::Work { lease_ms: lease.as_millis() as u32, worker: worker.into(), ..work(1, 0) };
     let started = Instant::now();
     let (silent, _) = jobs.work(short("silent"), None).await.unwrap();
     let (busy, _) = jobs.work(short("busy"), None).await.unwrap();
+    let granted = Instant::now();
     let op = Operator { id: "op".into(), version: "1".into() };
     let (owned, _) = jobs.work(work(1, 0), Some(op)).await.unwrap();
     assert_eq!(offsets(&[silent.leases.clone(), busy.leases.clone(), owned.leases].concat()), [(0, 1), (1, 1), (2, 1)]);
@@ -153,11 +158,20 @@ async fn a_lease_runs_out_unless_it_is_renewed_and_an_expired_operator_loses_its
 
     let renew = ack(&busy.leases);
     let renew = wire::Renew { topic: renew.topic, group: renew.group, leases: renew.leases, ..Default::default() };
-    tokio::time::sleep_until(started + Duration::from_millis(700)).await;
-    assert!(jobs.renew(renew).await.unwrap().lost.is_empty());
-    let again = take(&jobs, 1).await;
+    let again = async {
+        loop {
+            let renewed = jobs.renew(renew.clone()).await.expect("a renewal is answered");
+            assert!(renewed.lost.is_empty());
+            let (leased, _) = jobs.work(work(1, 100), None).await.expect("a request for jobs is answered");
+            if !leased.leases.is_empty() {
+                break leased.leases;
+            }
+        }
+    };
+    let again = timeout(PATIENCE, again).await.expect("the job of the silent worker comes again");
     assert_eq!(offsets(&again), [(0, 2)]);
-    assert!(started.elapsed() >= Duration::from_secs(1));
+    assert!(started.elapsed() >= lease);
+    tokio::time::sleep_until(granted + lease).await;
     assert!(jobs.ack(ack(&busy.leases)).await.unwrap().lost.is_empty(), "the renewed lease still holds");
     assert_eq!(cluster.metrics.expired_count.load(Ordering::Relaxed), 2);
 }
