@@ -2,7 +2,7 @@
 
 use std::io::Cursor;
 
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
+use png::{BitDepth, ColorType, Decoder, Encoder, Limits, Transformations};
 
 /// Shortest side of a picture, in pixels: less holds too little to tell cells from noise.
 pub const SIDE_PX_MIN: u32 = 8;
@@ -11,7 +11,7 @@ pub const SIDE_PX_MAX: u32 = 2048;
 /// Most pixels in one picture. The sums of [`crate::distill`] stay inside 32 bits below it.
 pub const PIXELS_MAX: u32 = 1 << 21;
 /// What the PNG decoder may allocate, in bytes: `PIXELS_MAX` at 16 bits a channel, twice.
-const DECODER_ALLOC_SIZE_MAX: u64 = PIXELS_MAX as u64 * 8 * 2;
+const DECODER_ALLOC_SIZE_MAX: usize = PIXELS_MAX as usize * 8 * 2;
 
 /// Why bytes are not a picture that this crate takes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -72,16 +72,24 @@ impl Picture {
     /// [`PictureError::Png`] for damage or another format, [`PictureError::Size`] before any
     /// pixel is unpacked.
     pub fn from_png(bytes: &[u8]) -> Result<Self, PictureError> {
-        let png_error = |error: image::ImageError| PictureError::Png(error.to_string());
-        let mut reader = ImageReader::with_format(Cursor::new(bytes), ImageFormat::Png);
-        let mut limits = Limits::default();
-        limits.max_alloc = Some(DECODER_ALLOC_SIZE_MAX);
-        reader.limits(limits);
-        let decoder = reader.into_decoder().map_err(png_error)?;
-        let (width, height) = decoder.dimensions();
+        let png_error = |error: png::DecodingError| PictureError::Png(error.to_string());
+        let mut decoder = Decoder::new_with_limits(Cursor::new(bytes), Limits { bytes: DECODER_ALLOC_SIZE_MAX });
+        let (width, height) = decoder.read_header_info().map_err(png_error)?.size();
         check_size(width, height)?;
-        let image = DynamicImage::from_decoder(decoder).map_err(png_error)?;
-        Ok(Self { width, height, rgb: image.into_rgb8().into_raw() })
+        // Palettes and depths below 8 bits become 8 bits a channel; of 16 bits the upper 8 are kept.
+        decoder.set_transformations(Transformations::EXPAND | Transformations::STRIP_16);
+        let mut reader = decoder.read_info().map_err(png_error)?;
+        let size = reader.output_buffer_size().ok_or(PictureError::Size { width, height })?;
+        let mut pixels = vec![0; size];
+        let colour = reader.next_frame(&mut pixels).map_err(png_error)?.color_type;
+        let rgb = match colour {
+            ColorType::Rgb => pixels,
+            ColorType::Rgba => pixels.chunks_exact(4).flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect(),
+            ColorType::Grayscale => pixels.iter().flat_map(|&grey| [grey; 3]).collect(),
+            ColorType::GrayscaleAlpha => pixels.chunks_exact(2).flat_map(|pixel| [pixel[0]; 3]).collect(),
+            ColorType::Indexed => return Err(PictureError::Png("its palette is missing".to_owned())),
+        };
+        Ok(Self { width, height, rgb })
     }
 
     /// Takes `width * height` pixels of four bytes, rows from the top.
@@ -139,11 +147,15 @@ impl Picture {
     /// # Errors
     /// [`PictureError::Png`] with the encoder's reason.
     pub fn to_png(&self) -> Result<Vec<u8>, PictureError> {
-        let image = RgbImage::from_raw(self.width, self.height, self.rgb.clone())
-            .ok_or_else(|| PictureError::Png("pixels do not fit the size".to_owned()))?;
-        let mut file = Cursor::new(Vec::new());
-        image.write_to(&mut file, ImageFormat::Png).map_err(|error| PictureError::Png(error.to_string()))?;
-        Ok(file.into_inner())
+        let png_error = |error: png::EncodingError| PictureError::Png(error.to_string());
+        let mut file = Vec::new();
+        let mut encoder = Encoder::new(&mut file, self.width, self.height);
+        encoder.set_color(ColorType::Rgb);
+        encoder.set_depth(BitDepth::Eight);
+        let mut writer = encoder.write_header().map_err(png_error)?;
+        writer.write_image_data(&self.rgb).map_err(png_error)?;
+        writer.finish().map_err(png_error)?;
+        Ok(file)
     }
 
     /// Root mean square of the difference from the picture's own mean colour, 0 to 255: the
@@ -204,10 +216,38 @@ mod tests {
             assert_eq!(error, PictureError::Size { width, height });
         }
         // A small file that unpacks to 36 million pixels.
-        let mut bomb = Cursor::new(Vec::new());
-        image::GrayImage::new(6000, 6000).write_to(&mut bomb, ImageFormat::Png).unwrap();
-        let error = Picture::from_png(bomb.get_ref()).unwrap_err();
-        assert!(matches!(error, PictureError::Size { .. } | PictureError::Png(_)));
+        let bomb = png_of(6000, 6000, ColorType::Grayscale, BitDepth::Eight, &vec![0; 6000 * 6000]);
+        assert_eq!(Picture::from_png(&bomb).unwrap_err(), PictureError::Size { width: 6000, height: 6000 });
+    }
+
+    /// A PNG file that another program may have written.
+    fn png_of(width: u32, height: u32, colour: ColorType, depth: BitDepth, pixels: &[u8]) -> Vec<u8> {
+        let mut file = Vec::new();
+        let mut encoder = Encoder::new(&mut file, width, height);
+        encoder.set_color(colour);
+        encoder.set_depth(depth);
+        if colour == ColorType::Indexed {
+            encoder.set_palette(vec![0, 0, 0, 200, 100, 50]);
+        }
+        encoder.write_header().unwrap().write_image_data(pixels).unwrap();
+        file
+    }
+
+    #[test]
+    fn every_colour_type_and_depth_is_read() {
+        let ones = |size: usize| vec![u8::MAX; size];
+        let all = [
+            (ColorType::Grayscale, BitDepth::One, ones(8), [255; 3]),
+            (ColorType::Grayscale, BitDepth::Eight, vec![77; 64], [77; 3]),
+            (ColorType::GrayscaleAlpha, BitDepth::Eight, [77, 0].repeat(64), [77; 3]),
+            (ColorType::Rgb, BitDepth::Sixteen, [10, 200, 20, 200, 30, 200].repeat(64), [10, 20, 30]),
+            (ColorType::Rgba, BitDepth::Eight, [10, 20, 30, 0].repeat(64), [10, 20, 30]),
+            (ColorType::Indexed, BitDepth::One, ones(8), [200, 100, 50]),
+        ];
+        for (colour, depth, pixels, expected) in all {
+            let picture = Picture::from_png(&png_of(8, 8, colour, depth, &pixels)).unwrap();
+            assert_eq!(picture, Picture::from_fn(8, 8, |_, _| expected), "{colour:?} {depth:?}");
+        }
     }
 
     #[test]
