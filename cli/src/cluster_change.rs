@@ -158,7 +158,12 @@ pub async fn remove_node(args: RemoveNodeArgs) -> Result<(), Failure> {
     let RemoveNodeArgs { node, answer } = args;
     let mut control = answer.connect.control().await?;
     let request = control.request(wire::RemoveNodeRequest { node });
-    control.client().remove_node(request).await?;
+    let bar = spinner();
+    bar.set_message(format!("node {node} leaves the metadata"));
+    bar.enable_steady_tick(WATCH_INTERVAL);
+    let done = control.client().remove_node(request).await;
+    bar.finish_and_clear();
+    done?;
     say(&answer, json!({ "node": node, "removed": true }), format!("node {node} is removed; stop it"))
 }
 
@@ -252,9 +257,7 @@ async fn watch(
     control: &mut Control,
     left: impl Fn(&wire::ClusterStatusResponse) -> Option<String>,
 ) -> Result<(), Failure> {
-    let target =
-        if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let bar = ProgressBar::with_draw_target(None, target).with_style(ProgressStyle::default_spinner());
+    let bar = spinner();
     let mut failure_count = 0;
     loop {
         let request = control.request(wire::ClusterStatusRequest {});
@@ -272,6 +275,13 @@ async fn watch(
     }
     bar.finish_and_clear();
     Ok(())
+}
+
+/// Shown on a terminal only.
+fn spinner() -> ProgressBar {
+    let target =
+        if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    ProgressBar::with_draw_target(None, target).with_style(ProgressStyle::default_spinner())
 }
 
 fn say(answer: &Answer, document: serde_json::Value, text: String) -> Result<(), Failure> {

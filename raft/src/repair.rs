@@ -32,6 +32,7 @@ use arqon_proto::{
     wire::{self, PeerFrame, peer_frame::Body as Message},
 };
 use arqon_storage::{Damage, Log, ReadError};
+use futures_util::{StreamExt, stream};
 use tokio::{
     sync::{Notify, watch},
     time::timeout,
@@ -50,6 +51,8 @@ use crate::{
 pub(crate) const REPAIR_PATIENCE: Duration = Duration::from_secs(10);
 /// The logs are looked over this often, if nobody waits.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Logs that are repaired side by side.
+const REPAIRS_AT_ONCE: usize = 4;
 /// Patience with one peer.
 const ENTRIES_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -248,18 +251,20 @@ pub(crate) async fn run(host: Arc<HostInner>) {
             continue;
         }
         let places: Vec<_> = host.repairs.places().values().cloned().collect();
-        for place in &places {
+        // A node that does not answer holds up the logs that need it, and not the others.
+        let host = &host;
+        let repairs = stream::iter(&places).for_each_concurrent(REPAIRS_AT_ONCE, |place| async move {
             if !place.begin() {
-                continue;
+                return;
             }
             let damaged = place.log.damaged();
-            if damaged.is_empty() {
-                continue;
+            if !damaged.is_empty() {
+                repair_log(host, place, damaged).await;
             }
-            tokio::select! {
-                () = repair_log(&host, place, damaged) => {}
-                _ = stopping.wait_for(|stopping| *stopping) => return,
-            }
+        });
+        tokio::select! {
+            () = repairs => {}
+            _ = stopping.wait_for(|stopping| *stopping) => return,
         }
         // Whoever waits for one that was too early has woken this task already.
         let now = Instant::now();

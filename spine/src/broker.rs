@@ -404,10 +404,7 @@ impl Broker {
             for info in self.nodes().iter().filter(|info| self.host.peer_reachable(info.node.into())) {
                 reachable_since.entry(info.node.into()).or_insert_with(Instant::now);
             }
-            let away = self.led_for_others(&reachable_since);
-            let reports = if away.is_empty() { Vec::new() } else { self.reports().await };
-            let is_well = |node: NodeId| reports.iter().any(|(known, report)| *known == node && !report.slow);
-            for (partition, heir) in away.into_iter().filter(|(_, heir)| is_well(*heir)) {
+            for (partition, heir) in self.led_for_others(&reachable_since) {
                 if let Err(cause) = partition.group().transfer_leader(heir).await {
                     tracing::debug!(group = partition.group_id().0, %cause, "leadership not given back");
                 }
@@ -446,7 +443,7 @@ impl Broker {
             TRANSFER_KIND => self.handle_transfer(&body).await,
             REPORT_KIND => Ok(self.report().encode_to_vec().into()),
             PRODUCE_KIND => self.handle_produce(body).await,
-            HEALTH_KIND => Ok(self.health.pulse().encode_to_vec().into()),
+            HEALTH_KIND => Ok(self.health.pulse(self.slow.load(Ordering::Relaxed)).encode_to_vec().into()),
             STATUS_KIND => self.handle_status(body),
             TRIM_KIND => self.handle_trim(body).await,
             FORGET_GROUP_KIND => self.handle_forget_group(body).await,

@@ -1,7 +1,7 @@
 //! What the nodes tell each other of their clocks and disks, once a second, and what follows.
 //!
-//! A node whose clock is wrong leads nothing that another node can lead, drops nothing by age, and
-//! takes the other nodes' median for the time. A partition takes no new records while its leader's
+//! A node whose clock is wrong, or whose disk is slow or nearly full, leads nothing that a better node can lead. One
+//! with a wrong clock drops nothing by age, and takes the other nodes' median for the time. A partition takes no new records while its leader's
 //! disk, or those of so many replicas that the others are no majority, are nearly full.
 
 use std::{
@@ -32,7 +32,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const ANSWER_PATIENCE: Duration = Duration::from_millis(900);
 /// What a node said counts for this long.
 const NEWS_PATIENCE: Duration = Duration::from_secs(4);
-/// Groups that a node with a wrong clock hands over at a time.
+/// Groups that a node hands over at a time.
 const HAND_OVER_COUNT_MAX: usize = 64;
 
 /// What a node answers.
@@ -47,6 +47,9 @@ pub(crate) struct Pulse {
     /// It knows that its clock is wrong.
     #[prost(bool, tag = "3")]
     pub is_off: bool,
+    /// Its disk is slow.
+    #[prost(bool, tag = "4")]
+    pub is_slow: bool,
 }
 
 /// What another node said last.
@@ -56,6 +59,7 @@ struct News {
     ahead_ms: i64,
     is_low: bool,
     is_off: bool,
+    is_slow: bool,
 }
 
 /// Clocks and disks as this node knows them.
@@ -121,15 +125,16 @@ impl Health {
 
     /// Whether `node` may get leadership, as far as it said.
     pub(crate) fn may_lead(&self, node: NodeId) -> bool {
-        !self.lock_others().get(&node).is_some_and(|news| news.is_off || news.is_low)
+        !self.lock_others().get(&node).is_some_and(|news| news.is_off || news.is_low || news.is_slow)
     }
 
-    /// What this node tells of itself.
-    pub(crate) fn pulse(&self) -> Pulse {
+    /// What this node tells of itself; whether its disk `is_slow` is not known here.
+    pub(crate) fn pulse(&self, is_slow: bool) -> Pulse {
         Pulse {
             wall_ms: self.clock.now_ms(),
             is_low: self.space().state != SpaceState::Enough,
             is_off: self.is_clock_off(),
+            is_slow,
         }
     }
 
@@ -227,7 +232,9 @@ impl Broker {
                 self.groups().iter().for_each(|group| group.stand_for_election(!is_off || is_alone(group)));
             }
             was_off = is_off;
-            if is_off {
+            // Followers with space commit without a leader whose own disk is nearly full.
+            let is_low = self.health.space().state != SpaceState::Enough;
+            if is_off || is_low {
                 self.hand_over().await;
             }
         }
@@ -246,7 +253,16 @@ impl Broker {
             let middle_ms = (began.elapsed() / 2).as_millis() as u64;
             let own_ms = self.health.clock.now_ms().saturating_sub(middle_ms);
             let ahead_ms = pulse.wall_ms.wrapping_sub(own_ms).cast_signed();
-            Some((node, News { at: Instant::now(), ahead_ms, is_low: pulse.is_low, is_off: pulse.is_off }))
+            Some((
+                node,
+                News {
+                    at: Instant::now(),
+                    ahead_ms,
+                    is_low: pulse.is_low,
+                    is_off: pulse.is_off,
+                    is_slow: pulse.is_slow,
+                },
+            ))
         });
         join_all(asked).await.into_iter().flatten().collect()
     }
@@ -256,17 +272,20 @@ impl Broker {
         std::iter::once(self.metadata.group()).chain(open.iter().map(|partition| partition.group())).cloned().collect()
     }
 
-    /// Gives leadership to replicas that have everything, on nodes whose clocks are right.
-    async fn hand_over(&self) {
+    /// Gives leadership to replicas that have everything, on nodes with a right clock and a good disk.
+    pub(crate) async fn hand_over(&self) {
         let led = self.groups().into_iter().filter(|group| group.status().is_leader);
         let heir = |group: &Group| {
-            let voters = group.status().voters;
-            voters.into_iter().find(|node| {
+            let mut heirs = group.status().voters;
+            heirs.retain(|node| {
                 *node != self.node
                     && self.host.peer_reachable(*node)
                     && self.health.may_lead(*node)
                     && group.is_caught_up(*node)
-            })
+            });
+            // Not all to the same one.
+            let at = usize::try_from(group.id().0).unwrap_or(0).checked_rem(heirs.len())?;
+            heirs.get(at).copied()
         };
         let moves = led.filter_map(|group| heir(&group).map(|heir| (group, heir)));
         for (group, heir) in moves.take(HAND_OVER_COUNT_MAX) {
@@ -291,7 +310,7 @@ mod tests {
     }
 
     fn news(is_low: bool, ahead_ms: i64) -> News {
-        News { at: Instant::now(), ahead_ms, is_low, is_off: false }
+        News { at: Instant::now(), ahead_ms, is_low, is_off: false, is_slow: false }
     }
 
     #[tokio::test]

@@ -36,6 +36,8 @@ pub(crate) const TRANSFER_KIND: &str = "transfer-leader";
 
 /// The phase of a change whose new replica has not answered.
 const WAITS: &str = "waits for the new replica";
+/// How long a removal waits for the node to be no voter any more.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(20);
 /// How often a change is looked at while there is one, and while there is none.
 const BUSY_INTERVAL: Duration = Duration::from_millis(200);
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -333,10 +335,31 @@ impl Broker {
             let message = format!("node {node} cannot remove itself: ask another node with --server");
             return Err(wire::Error { field: "node".into(), ..error(ErrorCode::ValidationError, message) });
         }
+        let removed = match &command {
+            Command::RemoveNode(wire::RemoveNodeCommand { node }) => Some(NodeId(*node)),
+            _ => None,
+        };
         self.metadata.submit(command).await?;
         // Whoever asks this node next sees it.
         self.metadata.refresh().await;
+        if let Some(node) = removed
+            && timeout(LEAVE_PATIENCE, self.left(node)).await.is_err()
+        {
+            let message = format!(
+                "node {node} is no longer in the list of nodes, but its vote still counts for the metadata, as long as no majority \
+                 agrees to go on without it: keep it running, and see to the nodes that are away"
+            );
+            return Err(wire::Error { field: "node".into(), ..error(ErrorCode::UnknownOutcome, message) });
+        }
         Ok(())
+    }
+
+    /// Until the vote of `node` counts no more for the metadata: only then may it be stopped without a thought, since of
+    /// two nodes both are needed to agree on one.
+    async fn left(&self, node: NodeId) {
+        while self.metadata.group().voters().values().any(|voter| *voter == node) {
+            sleep(BUSY_INTERVAL).await;
+        }
     }
 }
 

@@ -137,10 +137,6 @@ impl Out<'_> {
         self.counter("log_damage_repaired", "Ranges of damaged entries repaired", &metrics.repaired_count)?;
         self.counter("log_scrubbed_bytes", "Bytes that the scrubber has checked", &metrics.scrubbed_size)?;
         self.counter("log_scrub_rounds", "Rounds of the scrubber over all full segments", &metrics.scrub_round_count)?;
-        let space = broker.store.space();
-        let bytes = |size: u64| i64::try_from(size).unwrap_or(i64::MAX);
-        self.gauge("disk_free_bytes", "Bytes that the disk of the data directory still takes", bytes(space.free_size))?;
-        self.gauge("disk_reserve_bytes", "New data is refused below this", bytes(space.reserve_size))?;
         self.gauge("log_queue_entries", "Entries that wait for their flush", load(&metrics.queue_depth))?;
         self.gauge("log_queue_bytes", "Bytes that wait for their flush", load(&metrics.queue_size))?;
         self.gauge("log_poisoned", "Logs closed for writing by a failed write or sync", load(&metrics.poisoned_count))?;

@@ -2,15 +2,14 @@
 //!
 //! Every second counts as slow when the 99th percentile of its flushes took over 500 ms, or when
 //! entries wait and none was flushed. Ten such seconds in a row make the node slow; it is well again after
-//! thirty seconds in a row that were not.
+//! thirty seconds in a row that were not. A second without anything to flush shows nothing of the disk: it ends no
+//! row of slow ones, so that few but slow writes are noticed too.
 
 use std::{
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use arqon_proto::NodeId;
-use arqon_raft::Group;
 use arqon_storage::Metrics;
 use tokio::time::sleep;
 
@@ -20,8 +19,6 @@ const SLOW_MIN: Duration = Duration::from_millis(500);
 const SLOW_SECOND_COUNT: u32 = 10;
 const WELL_SECOND_COUNT: u32 = 30;
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Groups whose leadership is given away in one second.
-const HAND_OVER_COUNT_MAX: usize = 64;
 
 /// Flushes so far, and what waits now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,7 +60,10 @@ impl Judge {
         if is_stuck || slow_count * 100 > count {
             (self.slow_seconds, self.well_seconds) = (self.slow_seconds + 1, 0);
         } else {
-            (self.slow_seconds, self.well_seconds) = (0, self.well_seconds + 1);
+            self.well_seconds += 1;
+            if count > 0 || self.well_seconds >= WELL_SECOND_COUNT {
+                self.slow_seconds = 0;
+            }
         }
         if self.slow_seconds >= SLOW_SECOND_COUNT {
             self.is_slow = true;
@@ -90,23 +90,7 @@ impl Broker {
                 tracing::warn!(is_slow, "the disk of this node takes over 500 ms for a flush: others lead meanwhile");
             }
             if is_slow {
-                self.hand_all_over().await;
-            }
-        }
-    }
-
-    async fn hand_all_over(&self) {
-        let reports = self.reports().await;
-        let well: Vec<NodeId> =
-            reports.iter().filter(|(node, report)| *node != self.node && !report.slow).map(|(node, _)| *node).collect();
-        let groups = self.replicas.open().into_iter().map(|partition| partition.group().clone());
-        let mut groups: Vec<Group> = groups.chain([self.metadata.group().clone()]).collect();
-        groups.retain(Group::is_ready);
-        for group in groups.into_iter().take(HAND_OVER_COUNT_MAX) {
-            let heir = well.iter().copied().find(|node| group.is_caught_up(*node));
-            let Some(heir) = heir else { continue };
-            if let Err(cause) = group.transfer_leader(heir).await {
-                tracing::debug!(group = group.id().0, %cause, "leadership not given away");
+                self.hand_over().await;
             }
         }
     }
@@ -143,5 +127,17 @@ mod tests {
         assert!(!seconds(&mut judge, 100, 0, 0, false));
         assert!(!seconds(&mut judge, 10, 0, 0, true), "what waits may have come just now");
         assert!(seconds(&mut judge, 1, 0, 0, true));
+    }
+
+    #[test]
+    fn few_but_slow_flushes_make_a_node_slow_and_rest_makes_it_well() {
+        let mut judge = Judge::default();
+        for write in 1..=SLOW_SECOND_COUNT {
+            assert_eq!(seconds(&mut judge, 1, 1, 1, false), write == SLOW_SECOND_COUNT, "write {write}");
+            assert_eq!(seconds(&mut judge, 2, 0, 0, false), write == SLOW_SECOND_COUNT);
+        }
+        assert!(seconds(&mut judge, WELL_SECOND_COUNT - 3, 0, 0, false));
+        assert!(!seconds(&mut judge, 1, 0, 0, false));
+        assert!(!seconds(&mut judge, SLOW_SECOND_COUNT - 1, 1, 1, false), "what was slow before the rest is forgotten");
     }
 }

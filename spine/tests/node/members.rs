@@ -130,8 +130,24 @@ fn operator(cluster: &Cluster) -> String {
 }
 
 async fn status(cluster: &Cluster, ask: usize) -> wire::ClusterStatusResponse {
-    let request = authorized(wire::ClusterStatusRequest {}, &cluster.admin());
+    status_as(cluster, ask, &cluster.admin()).await
+}
+
+async fn status_as(cluster: &Cluster, ask: usize, token: &str) -> wire::ClusterStatusResponse {
+    let request = authorized(wire::ClusterStatusRequest {}, token);
     cluster.control(ask).await.cluster_status(request).await.unwrap().into_inner()
+}
+
+/// A node that never comes.
+fn absent() -> wire::NodeInfo {
+    let nowhere = || "127.0.0.1:1".to_owned();
+    wire::NodeInfo {
+        node: 9,
+        client_address: nowhere(),
+        peer_address: nowhere(),
+        control_address: nowhere(),
+        ..Default::default()
+    }
 }
 
 async fn add(cluster: &mut Cluster) -> usize {
@@ -185,6 +201,11 @@ async fn nodes_come_and_go_under_load() {
     control.drain_node(request).await.unwrap();
     let nodes = settled(&cluster, fourth).await;
     assert_eq!(nodes, (1..=4).filter(|node| *node != drained).collect());
+    // What the system keeps on every node goes as well; only those who run the cluster see it.
+    until("nothing is left on the node", async || {
+        status_as(&cluster, fourth, &operator(&cluster)).await.moves.is_empty()
+    })
+    .await;
     let request = authorized(wire::RemoveNodeRequest { node: drained }, &operator(&cluster));
     control.remove_node(request).await.unwrap();
     until("the metadata group has three voters", async || {
@@ -235,15 +256,94 @@ async fn a_move_that_gets_nowhere_is_cancelled_and_leaves_everything_as_it_was()
     cluster.shutdown().await;
 }
 
+/// A node that is being emptied is kept after all, before and while its replicas move.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decommission_is_taken_back_under_load() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    let fourth = add(&mut cluster).await;
+    let before = settled(&cluster, 0).await;
+    let writer = Writer::start(&cluster);
+    writer.goes_on().await;
+    let leaving = *before.iter().next().unwrap();
+    let mut control = cluster.control(fourth).await;
+    for begins_to_move in [false, true] {
+        let drain = |cancel| wire::DrainNodeRequest { node: leaving, cancel };
+        control.drain_node(authorized(drain(false), &operator(&cluster))).await.unwrap();
+        if begins_to_move {
+            until("the move is under way, or over", async || {
+                let moves = status(&cluster, fourth).await.moves;
+                moves.first().is_none_or(|change| !change.phase.is_empty())
+            })
+            .await;
+        }
+        control.drain_node(authorized(drain(true), &operator(&cluster))).await.unwrap();
+        let nodes = settled(&cluster, fourth).await;
+        assert_eq!(nodes.len(), 3, "{nodes:?}");
+        let kept = status(&cluster, fourth).await.nodes;
+        assert!(kept.iter().all(|node| !node.info.as_ref().unwrap().leaving), "{kept:?}");
+        writer.goes_on().await;
+    }
+    let nodes = settled(&cluster, fourth).await;
+    let (count, _) = writer.stop().await;
+    for node in nodes {
+        assert_copy(&cluster, node as usize - 1, count).await;
+    }
+    cluster.shutdown().await;
+}
+
+/// An addition is taken back by the removal of the node, although it never came.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_never_came_is_taken_out_again() {
+    let cluster = Cluster::start(3).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    let request = authorized(wire::AddNodeRequest { info: Some(absent()) }, &operator(&cluster));
+    let mut control = cluster.control(0).await;
+    control.add_node(request).await.unwrap();
+    let drain = wire::DrainNodeRequest { node: absent().node, cancel: false };
+    control.drain_node(authorized(drain, &operator(&cluster))).await.unwrap();
+    let remove = wire::RemoveNodeRequest { node: absent().node };
+    control.remove_node(authorized(remove, &operator(&cluster))).await.unwrap();
+    let status = status_as(&cluster, 0, &operator(&cluster)).await;
+    assert_eq!((status.nodes.len(), status.moves.as_slice()), (3, [].as_slice()));
+    let writer = Writer::start(&cluster);
+    writer.goes_on().await;
+    writer.stop().await;
+    cluster.shutdown().await;
+}
+
+/// Of two nodes both must agree that one goes: when the command is done, that one may be stopped at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_node_is_no_longer_needed_when_the_command_is_done() {
+    let mut cluster = Cluster::start(2).await;
+    cluster.create(0, TOPIC, 1).await.unwrap();
+    let mut control = cluster.control(0).await;
+    let drain = wire::DrainNodeRequest { node: 2, cancel: false };
+    control.drain_node(authorized(drain, &operator(&cluster))).await.unwrap();
+    until("nothing is left on the node", async || status_as(&cluster, 0, &operator(&cluster)).await.moves.is_empty())
+        .await;
+    let remove = wire::RemoveNodeRequest { node: 2 };
+    control.remove_node(authorized(remove, &operator(&cluster))).await.unwrap();
+    cluster.stop(1).await;
+    // A change of the metadata needs a majority of its voters.
+    until("the one that is left decides alone", async || cluster.create(0, "more", 1).await.is_ok()).await;
+    cluster.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn leadership_goes_where_it_is_sent_and_stays_there() {
     let cluster = Cluster::start(3).await;
     cluster.create(0, TOPIC, 1).await.unwrap();
+    let writer = Writer::start(&cluster);
+    writer.goes_on().await;
     let leader = cluster.leader_of(0, TOPIC, 0).await;
     let to = ((leader + 1) % 3) as u64 + 1;
     let request = wire::TransferLeaderRequest { topic: TOPIC.into(), to, ..Default::default() };
     cluster.control(leader).await.transfer_leader(authorized(request, &operator(&cluster))).await.unwrap();
     assert_eq!(cluster.leader_of(to as usize - 1, TOPIC, 0).await, to as usize - 1);
+    writer.goes_on().await;
+    let (count, _) = writer.stop().await;
+    assert_all_there(&cluster, to as usize - 1, count).await;
     let mut client = cluster.connect(0, &cluster.admin()).await;
     assert_eq!(client.describe(TOPIC).await.unwrap().partitions[0].replica_nodes[0], to, "it belongs there now");
     cluster.shutdown().await;
@@ -258,14 +358,7 @@ async fn a_node_that_lost_its_disk_comes_back_as_another_and_copies_everything()
     let writer = Writer::start(&cluster);
     writer.goes_on().await;
     // A node that never comes keeps nobody else from becoming a voter again.
-    let absent = wire::NodeInfo {
-        node: 9,
-        client_address: "127.0.0.1:1".into(),
-        peer_address: "127.0.0.1:1".into(),
-        control_address: "127.0.0.1:1".into(),
-        ..Default::default()
-    };
-    let request = authorized(wire::AddNodeRequest { info: Some(absent) }, &operator(&cluster));
+    let request = authorized(wire::AddNodeRequest { info: Some(absent()) }, &operator(&cluster));
     cluster.control(0).await.add_node(request).await.unwrap();
     cluster.stop(1).await;
     std::fs::remove_dir_all(cluster.data(1)).unwrap();

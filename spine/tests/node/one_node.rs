@@ -1,8 +1,6 @@
 //! One node on real ports, as clients see it.
 
-use std::time::Duration;
-
-use crate::support::{Client, Cluster, authorized, batch, batch_of, fetch_from};
+use crate::support::{Client, Cluster, PATIENCE, authorized, batch, batch_of, fetch_from};
 use arqon_proto::{Claims, OPERATOR_TOPIC, ProducerStamp, limits, wire};
 use arqon_spine::{Listeners, Node};
 use prost::Message;
@@ -42,7 +40,7 @@ async fn a_long_poll_sees_what_comes_and_pipelined_batches_keep_their_order() {
     let cluster = Cluster::start(1).await;
     cluster.create(0, "events", 1).await.unwrap();
     let mut reader = cluster.connect(0, &cluster.admin()).await;
-    let poll = wire::Fetch { wait_ms: 10_000, ..fetch_from("events", 0) };
+    let poll = wire::Fetch { wait_ms: limits::POLL_WAIT_MS_MAX, ..fetch_from("events", 0) };
     reader.send(Body::Fetch(poll), &[]).await;
     let mut writer = cluster.connect(0, &cluster.admin()).await;
     let count = 200;
@@ -165,7 +163,8 @@ async fn bad_frames_end_the_session_and_bad_requests_do_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_ends_with_its_token() {
     let cluster = Cluster::start(1).await;
-    let short = Claims { exp: crate::support::now_seconds() + 2, ..cluster.claims("acme", &[]) };
+    // Long enough for a slow machine to connect with it.
+    let short = Claims { exp: crate::support::now_seconds() + 5, ..cluster.claims("acme", &[]) };
     let mut client = cluster.connect(0, &cluster.signer.mint(&short).unwrap()).await;
     let (id, ended) = client.receive().await.unwrap();
     let ended = ended.unwrap_err();
@@ -210,8 +209,8 @@ async fn jobs_are_leased_to_live_operators_and_have_one_result() {
         worker: "w".into(),
         operator_id: operator.into(),
         jobs_max: 10,
-        wait_ms: 5_000,
-        lease_ms: 10_000,
+        wait_ms: limits::POLL_WAIT_MS_MAX,
+        lease_ms: 600_000,
         ..Default::default()
     };
     let unknown = client.work(work("g1")).await.unwrap_err();
@@ -284,7 +283,7 @@ async fn an_operator_that_leaves_gives_its_jobs_back_at_once() {
         worker: operator.into(),
         operator_id: operator.into(),
         jobs_max: 1,
-        wait_ms: 10_000,
+        wait_ms: limits::POLL_WAIT_MS_MAX,
         lease_ms: 600_000,
         ..Default::default()
     };
@@ -356,6 +355,9 @@ async fn the_admin_port_shows_health_and_positions() {
     ] {
         assert!(text.contains(line), "{line} in\n{text}");
     }
+    let mut families = std::collections::HashSet::new();
+    let twice = text.lines().filter(|line| line.starts_with("# TYPE ")).find(|line| !families.insert(*line));
+    assert_eq!(twice, None, "a collector refuses a family that comes twice");
     cluster.shutdown().await;
 }
 
@@ -390,5 +392,5 @@ async fn a_node_that_cannot_start_says_why_in_one_line() {
         assert!(!text.contains('\n'), "{text}");
     }
     assert!(Listeners::bind(&config.listen_addresses().unwrap()).is_ok(), "a stopped node leaves its ports");
-    tokio::time::timeout(Duration::from_secs(5), cluster.shutdown()).await.unwrap();
+    tokio::time::timeout(PATIENCE, cluster.shutdown()).await.unwrap();
 }
