@@ -293,13 +293,15 @@ impl Broker {
                     let is_new = |at: &&wire::ReplicaNode| other.iter().all(|known| known.replica != at.replica);
                     list.iter().filter(is_new).map(|at| at.node).collect()
                 };
+                // Those that were to come, and may have come, go as well.
+                let were_wanted = [at.replicas.as_slice(), &at.extra].concat();
                 let mut told = reports.iter().flat_map(|(_, report)| &report.moves);
                 let progress = told.find(|progress| progress.group == at.group).cloned().unwrap_or_default();
                 statuses.push(wire::MoveStatus {
                     tenant: topic.config.tenant.clone(),
                     topic: topic.config.name.clone(),
                     partition: partition as u32,
-                    from: nodes(&at.replicas, &at.target),
+                    from: nodes(&were_wanted, &at.target),
                     to: nodes(&at.target, &at.replicas),
                     phase: progress.phase,
                     behind: progress.behind,
