@@ -57,7 +57,8 @@ pub async fn run(args: NatsArgs) -> Result<String, String> {
 /// The case's rows, one for each way of NATS.
 async fn rows(stage: &Stage, case: &Case, report: &mut Report) -> Result<Vec<Row>, String> {
     let sides = stage.sides(case);
-    let mut figures = stage.case(case, &sides, false, report).await?;
+    let outcomes = stage.case(case, &sides, false, report).await?;
+    let mut figures: Vec<_> = outcomes.into_iter().map(|outcome| outcome.figures).collect();
     let own = matches!(sides.first(), Some(Side::Ours(_))).then(|| figures.remove(0));
     let mut rows = Vec::new();
     for (servers, nats) in sides.iter().filter_map(nats_of).zip(figures) {

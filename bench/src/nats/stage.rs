@@ -148,6 +148,14 @@ struct Prepared {
     count: u64,
 }
 
+/// What one side made of a case.
+pub struct Outcome {
+    /// The medians.
+    pub figures: Figures,
+    /// What they are of; those of the same number were measured one right after the other.
+    pub rounds: Vec<HalfRound>,
+}
+
 /// One half-round's work.
 struct Turn<'a> {
     case: &'a Case,
@@ -214,7 +222,7 @@ impl Stage {
         sides: &[Side<'_>],
         is_same_setting: bool,
         report: &mut Report,
-    ) -> Result<Vec<Figures>, String> {
+    ) -> Result<Vec<Outcome>, String> {
         let payloads = Arc::new(Payloads::new(self.load.seed, case.size));
         let (mut prepared, mut best) = (Vec::new(), Vec::new());
         for side in sides {
@@ -256,11 +264,11 @@ impl Stage {
             }
         }
         measure::settle(&self.dir).await?;
-        let figures =
-            sides.iter().zip(&best).zip(&rounds).map(|((side, setting), rounds)| {
-                Figures::new(case, side.durability(), side.client(case, setting), rounds)
-            });
-        Ok(figures.collect())
+        let outcomes = sides.iter().zip(&best).zip(rounds).map(|((side, setting), rounds)| {
+            let figures = Figures::new(case, side.durability(), side.client(case, setting), &rounds);
+            Outcome { figures, rounds }
+        });
+        Ok(outcomes.collect())
     }
 
     /// Fills the topic that a reading case needs.
