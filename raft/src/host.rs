@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
     sync::{
-        Arc, PoisonError, RwLock, RwLockReadGuard,
+        Arc, Mutex, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -21,6 +21,7 @@ use futures_util::{
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, watch},
+    task::JoinHandle,
     time::timeout,
 };
 
@@ -163,6 +164,8 @@ pub(crate) struct HostInner {
     forward: RwLock<Option<ForwardHandler>>,
     pub repairs: Arc<Repairs>,
     pub stopping: watch::Sender<bool>,
+    /// The task that holds the peer port.
+    accepting: Mutex<Option<JoinHandle<()>>>,
     started: Instant,
 }
 
@@ -310,9 +313,11 @@ impl Host {
             forward: RwLock::default(),
             repairs: Arc::default(),
             stopping: watch::Sender::new(false),
+            accepting: Mutex::default(),
             started: Instant::now(),
         });
-        tokio::spawn(accept(inner.clone(), options.peer_listener));
+        let accepting = tokio::spawn(accept(inner.clone(), options.peer_listener));
+        *inner.accepting.lock().unwrap_or_else(PoisonError::into_inner) = Some(accepting);
         tokio::spawn(pulse::run(inner.clone()));
         tokio::spawn(repair::run(inner.clone()));
         Self { inner }
@@ -531,6 +536,11 @@ impl Host {
             join_all(groups.iter().map(|group| hand_over(self, group))).await;
             stream::iter(&groups).for_each_concurrent(STOP_COUNT_MAX, save_state).await;
             self.inner.stopping.send_replace(true);
+            // The port is free when this is over: the node may be started again at once.
+            let accepting = self.inner.accepting.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(accepting) = accepting {
+                accepting.await.ok();
+            }
             self.inner.repairs.clear();
             self.inner.groups.write().unwrap_or_else(PoisonError::into_inner).clear();
             join_all(groups.iter().map(stop)).await;
