@@ -85,7 +85,7 @@ pub(crate) struct Report {
     /// How far the changes of replicas are that it leads.
     #[prost(message, repeated, tag = "7")]
     pub moves: Vec<Progress>,
-    /// Its disk is slow, and others should lead.
+    /// Its disk is slow, and others should lead. For programs before 08e395c950e7 alone: later ones go by the pulse.
     #[prost(bool, tag = "8")]
     pub slow: bool,
     /// Version of its program.

@@ -4,7 +4,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 
 use arqon_proto::planted;
@@ -47,6 +47,8 @@ pub struct Store {
 pub(crate) struct StoreHold {
     engine: Arc<Engine>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Read while the directory is changed on the caller's thread; closing waits for those who do.
+    is_closed: RwLock<bool>,
 }
 
 impl Drop for StoreHold {
@@ -149,7 +151,7 @@ impl Store {
         pool::prepare(disk.as_ref()).map_err(failed(POOL_DIR))?;
         prepare_logs_dir(disk.as_ref()).map_err(failed(LOGS_DIR))?;
         let (engine, threads) = Engine::start(disk, options)?;
-        let hold = StoreHold { engine, threads: Mutex::new(threads) };
+        let hold = StoreHold { engine, threads: Mutex::new(threads), is_closed: RwLock::default() };
         Ok(Self { hold: Arc::new(hold) })
     }
 
@@ -235,7 +237,7 @@ impl Store {
     /// # Errors
     /// The disk failed.
     pub fn set_placed(&self, bound: ReplicaId) -> io::Result<()> {
-        self.check_not_closed()?;
+        let _change = self.begin_change()?;
         let bytes = seal(What::Placed, &bound.0.to_le_bytes());
         disk::replace(self.hold.engine.disk.as_ref(), ".", PLACED_FILE, bytes, disk::STORE_POINTS)
     }
@@ -248,7 +250,7 @@ impl Store {
     pub fn open_log(&self, group: GroupId, replica: ReplicaId) -> Result<(Log, Recovery), OpenError> {
         let engine = &self.hold.engine;
         let closed = |source| OpenError::Io { what: engine.disk.name(), source };
-        self.check_not_closed().map_err(closed)?;
+        let _change = self.begin_change().map_err(closed)?;
         let mut opening = Opening::begin(engine, (group, replica)).ok_or(OpenError::LogOpen { group, replica })?;
         let dir = log_dir(group, replica);
         let created = create_log(engine.disk.as_ref(), group, replica)
@@ -266,7 +268,7 @@ impl Store {
     /// # Errors
     /// The disk failed.
     pub fn delete_log(&self, group: GroupId, replica: ReplicaId) -> io::Result<()> {
-        self.check_not_closed()?;
+        let _change = self.begin_change()?;
         let engine = &self.hold.engine;
         let result = self.delete_files(group, replica);
         engine.files.clear(engine.disk.as_ref(), Some(&Owner::Log(group, replica)));
@@ -293,8 +295,10 @@ impl Store {
     /// Flushes everything appended, syncs the durable marks, ends the threads and gives the directory back. Logs of this
     /// store take no writes from then on, and it opens and deletes none.
     pub async fn close(self) {
+        // What has begun is done before the directory is given back, and nothing begins any more.
+        *self.hold.is_closed.write().unwrap_or_else(PoisonError::into_inner) = true;
         let open: Vec<_> = {
-            let mut logs = self.hold.engine.logs_opened(|_| true);
+            let mut logs = self.hold.engine.logs();
             logs.drain().filter_map(|(_, place)| place.log()).collect()
         };
         for core in &open {
@@ -317,9 +321,10 @@ impl Store {
         self.hold.engine.disk.unlock();
     }
 
-    /// Whoever changes the directory on a thread of its own asks first.
-    fn check_not_closed(&self) -> io::Result<()> {
-        if self.hold.engine.stopped() { Err(io::Error::other("the store was closed")) } else { Ok(()) }
+    /// Begins a change of the directory on the thread of the caller; it is over when the guard goes.
+    fn begin_change(&self) -> io::Result<RwLockReadGuard<'_, bool>> {
+        let is_closed = self.hold.is_closed.read().unwrap_or_else(PoisonError::into_inner);
+        if *is_closed { Err(io::Error::other("the store was closed")) } else { Ok(is_closed) }
     }
 }
 

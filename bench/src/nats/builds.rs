@@ -7,12 +7,11 @@ use arqon_jepsen::{find_arqon, parse_time};
 use serde::Serialize;
 
 use super::{
-    Plan, Report,
+    LoadArgs, Plan, Report,
     cases::{self, Case},
     measure::HalfRound,
-    parse_linger,
     report::{Figures, Verdict, figures_head, figures_line},
-    stage::{Load, Outcome, Stage},
+    stage::{Outcome, Stage},
 };
 use crate::own::temporary_directory;
 
@@ -42,18 +41,8 @@ pub struct BuildsArgs {
     /// Rounds of each case; the medians are reported
     #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
-    /// How long a message may wait for company; at most 5ms
-    #[arg(long, value_name = "TIME", default_value = "1ms", value_parser = parse_linger)]
-    linger: Duration,
-    /// Messages per second of publish-to-consume
-    #[arg(long, value_name = "N", default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    rate: u32,
-    /// Seed of the payloads
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    seed: u64,
-    /// Directory on the disk to measure, made when missing [default: a temporary one]
-    #[arg(long, value_name = "DIR")]
-    dir: Option<PathBuf>,
+    #[command(flatten)]
+    load: LoadArgs,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -123,11 +112,11 @@ pub async fn builds(args: BuildsArgs) -> Result<String, String> {
         return Err(format!("--before {}: there is no such program", args.before.display()));
     }
     let after = find_arqon(args.after.clone()).await.map_err(|error| error.to_string())?;
-    let temporary = temporary_directory(args.dir.as_deref())?;
+    let temporary = temporary_directory(args.load.dir.as_deref())?;
     let plan = Plan::new(args.time, args.rounds);
-    let load = Load { plan, linger: args.linger, rate: args.rate, seed: args.seed };
+    let load = args.load.of(plan);
     let mut report =
-        Report::new(String::new(), plan.rounds, plan.round_time.as_secs_f64(), args.linger.as_secs_f64() * 1e3);
+        Report::new(String::new(), plan.rounds, plan.round_time.as_secs_f64(), args.load.linger.as_secs_f64() * 1e3);
     let programs = [("before", args.before.clone()), ("after", after)];
     let mut pairs = Vec::new();
     for nodes in [3, 1] {

@@ -29,6 +29,7 @@ use arqon_jepsen::parse_time;
 pub use builds::{BuildsArgs, builds};
 pub use report::Report;
 pub use run::run;
+use stage::Load;
 
 /// Longest that a message may wait for company.
 const LINGER_MAX: Duration = Duration::from_millis(5);
@@ -52,18 +53,8 @@ pub struct NatsArgs {
     /// A short look: 2 rounds, 4 s a case, less data
     #[arg(long, conflicts_with_all = ["time", "rounds"])]
     quick: bool,
-    /// How long a message may wait for company on this bus; at most 5ms
-    #[arg(long, value_name = "TIME", default_value = "1ms", value_parser = parse_linger)]
-    linger: Duration,
-    /// Messages per second of publish-to-consume
-    #[arg(long, value_name = "N", default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    rate: u32,
-    /// Seed of the payloads
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    seed: u64,
-    /// Directory on the disk to measure, made when missing [default: a temporary one]
-    #[arg(long, value_name = "DIR")]
-    dir: Option<PathBuf>,
+    #[command(flatten)]
+    load: LoadArgs,
     /// The arqon program [default: the one beside this program, else built]
     #[arg(long, value_name = "FILE")]
     arqon: Option<PathBuf>,
@@ -79,6 +70,29 @@ pub struct NatsArgs {
     /// Write nats.md and its charts into this directory
     #[arg(long, value_name = "DIR", conflicts_with = "nats_only")]
     page: Option<PathBuf>,
+}
+
+/// What is sent, and where to.
+#[derive(Clone, Debug, clap::Args)]
+struct LoadArgs {
+    /// How long a message may wait for company on this bus; at most 5ms
+    #[arg(long, value_name = "TIME", default_value = "1ms", value_parser = parse_linger)]
+    linger: Duration,
+    /// Messages per second of publish-to-consume
+    #[arg(long, value_name = "N", default_value_t = 5_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    rate: u32,
+    /// Seed of the payloads
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Directory on the disk to measure, made when missing [default: a temporary one]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+impl LoadArgs {
+    fn of(&self, plan: Plan) -> Load {
+        Load { plan, linger: self.linger, rate: self.rate, seed: self.seed }
+    }
 }
 
 fn parse_linger(text: &str) -> Result<Duration, String> {

@@ -10,7 +10,7 @@ use super::{
     page,
     report::Row,
     server::{Program, Servers},
-    stage::{Load, Side, Stage, blocking},
+    stage::{Side, Stage, blocking},
 };
 use crate::own::temporary_directory;
 
@@ -23,12 +23,12 @@ pub async fn run(args: NatsArgs) -> Result<String, String> {
     let arqon = find_arqon(args.arqon.clone()).await.map_err(|error| error.to_string())?;
     let given = args.nats_server.clone();
     let program = blocking(move || Program::find(given.as_deref())).await?;
-    let temporary = temporary_directory(args.dir.as_deref())?;
+    let temporary = temporary_directory(args.load.dir.as_deref())?;
     if crate::disk::Gauge::new(temporary.path())?.is_tmpfs() {
         eprintln!("warning: the directory lies in memory (tmpfs), no figure is about a disk; see --dir");
     }
     let plan = args.plan();
-    let (round_s, linger_ms) = (plan.round_time.as_secs_f64(), args.linger.as_secs_f64() * 1e3);
+    let (round_s, linger_ms) = (plan.round_time.as_secs_f64(), args.load.linger.as_secs_f64() * 1e3);
     let mut report = Report::new(program.version.clone(), plan.rounds, round_s, linger_ms);
     for nodes in [3, 1] {
         let of_nodes: Vec<&Case> = chosen.iter().filter(|case| case.nodes == nodes).collect();
@@ -36,7 +36,7 @@ pub async fn run(args: NatsArgs) -> Result<String, String> {
             continue;
         }
         let dir = temporary.path().join(format!("nodes-{nodes}"));
-        let load = Load { plan, linger: args.linger, rate: args.rate, seed: args.seed };
+        let load = args.load.of(plan);
         let programs = if args.nats_only { Vec::new() } else { vec![("arqon", arqon.clone())] };
         let stage = Stage::start(load, &programs, Some(&program), &dir, &of_nodes).await?;
         for case in of_nodes {

@@ -2,7 +2,7 @@
 //! through io_uring.
 
 use crate::support::*;
-use arqon_proto::{Offset, RaftIndex};
+use arqon_proto::{GroupId, Offset, RaftIndex, ReplicaId};
 use arqon_storage::{CheckpointKind, LogPosition, OpenError, Options, ReadError};
 use bytes::Bytes;
 
@@ -24,11 +24,15 @@ fn entries_are_readable_at_once_and_the_same_after_a_restart() {
         assert_eq!(log.flushed(), Some(position(1, 3)));
         assert_eq!(log.next_offset(), Offset(5));
         let before = read_entries(&log, 0, usize::MAX);
+        // Somebody may still have the store and the log in hand.
+        let (old_store, old) = (store.clone(), log);
         block_on(store.close());
-        // Somebody may still have the log in hand.
-        let old = log;
 
         let (_store, log, recovery) = fixture.open();
+        // The directory is another's now.
+        assert!(old_store.open_log(GroupId(77), ReplicaId(77)).is_err());
+        assert!(old_store.delete_log(old.group(), old.replica()).is_err());
+        assert!(old_store.set_placed(ReplicaId(77)).is_err());
         assert_eq!((recovery.created, &recovery.cut, recovery.last), (false, &None, Some(position(1, 3))));
         assert_eq!(read_entries(&log, 0, usize::MAX), before);
         assert_eq!(log.next_offset(), Offset(5));
